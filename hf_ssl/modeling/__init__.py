@@ -1,0 +1,76 @@
+"""All methods, and their registration with transformers' Auto classes."""
+
+if __name__ != "hf_ssl.modeling":
+    raise ImportError("import hf_ssl.modeling; the folder modeling/ in the checkout's root is a link for readers")
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table of methods.
+
+    Attributes:
+        name: folder name and command-line name.
+        prefix: start of the class names.
+        family: what the method does, in two words.
+        paper: arXiv number of the main paper.
+    """
+
+    name: str
+    prefix: str
+    family: str
+    paper: str
+
+    def _get(self, suffix: str) -> Any:
+        return getattr(import_module(f"hf_ssl.modeling.{self.name}"), self.prefix + suffix)
+
+    @property
+    def config_class(self) -> Any:
+        """`<M>Config`."""
+        return self._get("Config")
+
+    @property
+    def model_class(self) -> Any:
+        """`<M>Model`, the encoder."""
+        return self._get("Model")
+
+    @property
+    def pretraining_class(self) -> Any:
+        """`<M>ForPreTraining`."""
+        return self._get("ForPreTraining")
+
+    @property
+    def processor_class(self) -> Any:
+        """`<M>ImageProcessor`."""
+        return self._get("ImageProcessor")
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("simclr", "SimCLR", "contrastive", "2002.05709"),
+        Method("moco", "MoCo", "contrastive", "2003.04297"),
+        Method("mocov3", "MoCoV3", "contrastive", "2104.02057"),
+        Method("mae", "MAE", "masked", "2111.06377"),
+    )
+}
+
+
+def register() -> None:
+    """Make `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and `AutoImageProcessor` know every method."""
+    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+
+    for method in METHODS.values():
+        config = method.config_class
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, method.model_class, exist_ok=True)
+        AutoModelForPreTraining.register(config, method.pretraining_class, exist_ok=True)
+        AutoImageProcessor.register(
+            config, image_processor_classes={"torchvision": method.processor_class}, exist_ok=True
+        )
+
+
+register()

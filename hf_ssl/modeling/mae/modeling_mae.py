@@ -1,0 +1,198 @@
+"""MAE: encode a quarter of the patches, reconstruct the pixels of the rest.
+
+Source: He et al. 2021 (arXiv 2111.06377), section 3; compared with the authors' `models_mae.py`. Deliberate
+differences: visible patches are gathered before their projection (equal to 1e-6, a quarter of the work), and
+the bias of the patch projection starts at 0 instead of torch's default.
+Shape suffixes: B = images, N = patches, M = visible patches, D = encoder width, E = decoder width,
+P = pixel values of a patch, 3 * patch_size**2.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hf_ssl.modeling.shared.backbone import build_backbone
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.distributed import world_size
+from hf_ssl.modeling.shared.losses import masked_patch_loss
+from hf_ssl.modeling.shared.masks import num_kept_patches, random_masking
+from hf_ssl.modeling.shared.outputs import SSLOutput
+from hf_ssl.modeling.shared.patches import normalize_patches, patchify
+from hf_ssl.modeling.shared.positions import sincos_positions
+from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel
+from hf_ssl.modeling.shared.vit import SSLViTLayers, set_vit_initialization
+
+from .configuration_mae import MAEConfig
+
+
+class MAEModel(SSLModel):
+    """The encoder on whole images; nothing is hidden."""
+
+    config_class = MAEConfig
+
+
+class MAEDecoder(nn.Module):
+    """Light transformer that fills mask tokens into the hidden places and predicts pixels."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        encoder: SSLViTConfig = config.backbone_config  # type: ignore[assignment]
+        width = config.decoder_hidden_size
+        self.grid_size = encoder.grid_size
+        self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.config = SSLViTConfig(
+            hidden_size=width,
+            num_hidden_layers=config.decoder_num_hidden_layers,
+            num_attention_heads=config.decoder_num_attention_heads,
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            layer_norm_eps=encoder.layer_norm_eps,
+            weight_initialization=encoder.weight_initialization,
+        )
+        self.embed = nn.Linear(encoder.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.position_embeddings = nn.Parameter(torch.empty(1, self.grid_size**2, width))
+        self.layers = SSLViTLayers(self.config)
+        self.layernorm = nn.LayerNorm(width, eps=encoder.layer_norm_eps)
+        self.predict = nn.Linear(width, encoder.num_channels * encoder.patch_size**2)
+        set_vit_initialization(self, self.config)
+
+    @property
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The fixed positions."""
+        return [self.position_embeddings]
+
+    def initialize_parameters(self) -> None:
+        """Mask token and positions; prefix tokens get no position, as the authors' zero row for the class token."""
+        init.normal_(self.mask_token, std=0.02)
+        table = sincos_positions(
+            self.config.hidden_size, self.grid_size, self.grid_size, first="column", class_token=False
+        )
+        init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
+
+    def forward(self, tokens_BTD: Tensor, restore_index_BN: Tensor) -> Tensor:
+        """Predict all patches.
+
+        Args:
+            tokens_BTD: encoder tokens, prefix first, then the M visible patches in shuffled order.
+            restore_index_BN: place of every patch in the order (visible, hidden).
+
+        Returns:
+            Predicted pixels (B, N, P), inner order (row, column, channel).
+        """
+        tokens_BTE = self.embed(tokens_BTD)
+        prefix, visible = tokens_BTE.split([self.num_prefix_tokens, tokens_BTE.shape[1] - self.num_prefix_tokens], 1)
+        num_hidden = restore_index_BN.shape[1] - visible.shape[1]
+        hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_hidden, -1)
+        index = restore_index_BN.unsqueeze(-1).expand(-1, -1, visible.shape[-1])
+        patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + self.position_embeddings
+        states, _ = self.layers.run(torch.cat([prefix, patches_BNE], dim=1))
+        return self.predict(self.layernorm(states[-1])[:, self.num_prefix_tokens :])
+
+
+class MAEBranch(nn.Module):
+    """Encoder and decoder."""
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone_config)
+        self.head = MAEDecoder(config)
+
+
+class MAEForPreTraining(SSLForPreTraining):
+    """Encoder, decoder and the reconstruction loss."""
+
+    config_class = MAEConfig
+
+    def __init__(self, config: MAEConfig) -> None:
+        super().__init__(config)
+        self.student = MAEBranch(config)
+        self._mask_seed = (0, 0)
+        self._noise_of_step: Tensor | None = None
+        self.finish_construction()
+
+    def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
+        """Masks of a step depend on (seed, step) and the row alone."""
+        self._mask_seed = (seed, step)
+        self._noise_of_step = None
+
+    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """Draw the masks of all rows of the step, the same on every process."""
+        pixel_values = batches[0]["pixel_values"]
+        num_rows = world_size() * sum(len(batch["pixel_values"]) for batch in batches)
+        generator = torch.Generator().manual_seed(hash(self._mask_seed) % 2**63)
+        noise = torch.rand(num_rows, self._num_patches(pixel_values), generator=generator)
+        self._noise_of_step = noise.to(pixel_values.device)
+
+    def _num_patches(self, pixel_values: Tensor) -> int:
+        patch_size = self.config.backbone_config.patch_size
+        return (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        row_index: Tensor | None = None,
+        noise: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+    ) -> SSLOutput:
+        """Reconstruct hidden patches.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+            row_index: (B,) rows of the global batch, which choose the masks drawn for the step.
+            noise: (B, N) chooses masks instead: the patches of least noise stay visible.
+            bool_masked_pos: (B, N) bool chooses masks instead, True = hidden; equal counts per image.
+
+        Returns:
+            `loss`: squared error of hidden patches, about 1 for a constant guess; `predictions` (B, N, P) in
+            units of the (normalised) targets; `is_masked` (B, N).
+
+        Raises:
+            ValueError: no patch would stay visible, or masks of unequal size.
+        """
+        noise_BN = self._choose_noise(pixel_values, row_index, noise, bool_masked_pos)
+        num_kept = self._num_kept(noise_BN, bool_masked_pos)
+        kept_index_BM, restore_index_BN, is_masked_BN = random_masking(noise_BN, num_kept)
+        tokens = self.student.backbone(pixel_values, kept_index=kept_index_BM).last_hidden_state
+        predictions_BNP = self.student.head(tokens, restore_index_BN)
+        targets_BNP = patchify(pixel_values, self.config.backbone_config.patch_size)
+        if self.config.normalize_targets:
+            targets_BNP = normalize_patches(targets_BNP)
+        return SSLOutput(
+            loss=masked_patch_loss(predictions_BNP, targets_BNP, is_masked_BN),
+            features=tokens.detach().mean(dim=1),
+            predictions=predictions_BNP.detach(),
+            is_masked=is_masked_BN,
+        )
+
+    def _choose_noise(
+        self,
+        pixel_values: Tensor,
+        row_index: Tensor | None,
+        noise: Tensor | None,
+        bool_masked_pos: Tensor | None,
+    ) -> Tensor:
+        if bool_masked_pos is not None:
+            return bool_masked_pos.float()
+        if noise is not None:
+            return noise
+        if row_index is not None and self._noise_of_step is not None:
+            return self._noise_of_step[row_index]
+        return torch.rand(len(pixel_values), self._num_patches(pixel_values), device=pixel_values.device)
+
+    def _num_kept(self, noise_BN: Tensor, bool_masked_pos: Tensor | None) -> int:
+        if bool_masked_pos is None:
+            return num_kept_patches(noise_BN.shape[1], self.config.mask_ratio)
+        counts_B = (~bool_masked_pos).sum(dim=1)
+        if counts_B.min() != counts_B.max() or counts_B.min() == 0:
+            raise ValueError(
+                f"bool_masked_pos must leave the same number of patches visible, at least one, in every image; got "
+                f"{int(counts_B.min())} to {int(counts_B.max())}"
+            )
+        return int(counts_B[0])
+
+    def expectations(self) -> dict[str, float]:
+        """Loss of a fresh decoder (Xavier start), and of predicting the mean of normalised patches."""
+        pixels = self.config.backbone_config.num_channels * self.config.backbone_config.patch_size**2
+        width = self.config.decoder_hidden_size
+        return {"loss_at_start": 1 + 2 * width / (width + pixels), "loss_of_constant": 1.0}

@@ -1,0 +1,96 @@
+"""The network under the heads: our ViT or any timm model.
+
+The small-image stem (a 3x3 convolution without pooling, SimCLR appendix B.9) exists for timm's ResNets only,
+because only theirs can be exported to stock timm.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_ssl.modeling.shared.configuration import SMALL_IMAGE_SIDE, SSLTimmConfig, SSLViTConfig
+from hf_ssl.modeling.shared.vit import SSLViTBackbone
+
+
+class SSLTimmBackbone(nn.Module):
+    """A timm model without its classifier.
+
+    Raises:
+        ValueError: timm does not know the architecture; small images with a network that has no small stem.
+    """
+
+    def __init__(self, config: SSLTimmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.network = _create_timm_model(config)
+        self.hidden_size = int(self.network.num_features)
+        if not next(self.network.parameters()).is_meta:
+            # timm has initialised it as the architecture wants; `_init_weights` must not do it again.
+            for module in self.network.modules():
+                module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def forward(
+        self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
+    ) -> BaseModelOutputWithPooling:
+        """Encode images (B, C, H, W).
+
+        Returns:
+            `last_hidden_state`: the last feature map (B, D, H', W'), or tokens (B, T, D) of a transformer;
+            `pooler_output` (B, D): timm's own pooling of it (global average for CNNs).
+
+        Raises:
+            ValueError: attention weights were asked for.
+        """
+        if output_attentions:
+            raise ValueError("timm backbones return no attention weights; use an hf_ssl_vit backbone")
+        hidden_states = None
+        if output_hidden_states:
+            features, maps = self.network.forward_intermediates(pixel_values)  # type: ignore[operator]
+            hidden_states = tuple(maps)
+        else:
+            features = self.network.forward_features(pixel_values)  # type: ignore[operator]
+        pooled = self.network.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features, pooler_output=pooled, hidden_states=hidden_states
+        )
+
+
+def _create_timm_model(config: SSLTimmConfig) -> nn.Module:
+    import timm
+
+    arguments = {"num_classes": 0, "in_chans": config.num_channels, **(config.model_args or {})}
+    try:
+        network = timm.create_model(config.architecture, pretrained=False, **arguments)
+    except RuntimeError as error:
+        similar = ", ".join(timm.list_models(f"*{config.architecture[:8]}*")[:5]) or "see timm.list_models()"
+        raise ValueError(f"timm knows no architecture '{config.architecture}' (similar: {similar})") from error
+    if config.small_stem_stride:
+        _use_small_stem(network, config)
+    return network
+
+
+def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
+    """Replace the 7x7 convolution and the pooling by one 3x3 convolution."""
+    stem = getattr(network, "conv1", None)
+    if not (isinstance(stem, nn.Conv2d) and hasattr(network, "maxpool") and hasattr(network, "layer4")):
+        raise ValueError(
+            f"images under {SMALL_IMAGE_SIDE} px need the small stem, which only timm's ResNets with a 7x7 stem "
+            f"have; got '{config.architecture}': use resnet18 or resnet50, larger images, or small_stem_stride=0"
+        )
+    stride = int(config.small_stem_stride or 1)
+    small = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=stride, padding=1, bias=False)
+    with torch.no_grad():
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+    small.weight_initialization = "kaiming_fan_out"  # type: ignore[assignment]
+    network.conv1 = small
+    network.maxpool = nn.Identity()
+
+
+def build_backbone(config: PreTrainedConfig) -> SSLViTBackbone | SSLTimmBackbone:
+    """Build the backbone that a `backbone_config` describes."""
+    if isinstance(config, SSLViTConfig):
+        return SSLViTBackbone(config)
+    if isinstance(config, SSLTimmConfig):
+        return SSLTimmBackbone(config)
+    raise ValueError(f"no backbone for {type(config).__name__}; use SSLViTConfig or SSLTimmConfig")

@@ -1,0 +1,197 @@
+"""Configurations that every method shares: the base class and the two kinds of backbone.
+
+A method's config holds its own hyper-parameters and a `backbone_config`, which is one of
+`SSLViTConfig` (our ViT) and `SSLTimmConfig` (any timm model). Unknown fields are refused: transformers
+would store a misspelt one without a word.
+"""
+
+from dataclasses import fields
+from difflib import get_close_matches
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# Fields that come back at every reload of a saved config, written by transformers, Trainer or the Hub export.
+_FIELDS_OF_RELOADED_CONFIGS = {
+    "model_type", "use_cache", "auto_map", "transformers_version", "architectures", "dtype", "torch_dtype",
+    "name_or_path", "_name_or_path", "_commit_hash", "attn_implementation", "_attn_implementation_internal",
+    "_experts_implementation_internal", "experts_implementation", "output_attentions", "num_labels",
+    "is_custom_code", "custom_pipelines", "base_model_tp_plan",
+}  # fmt: skip
+
+SMALL_IMAGE_SIDE = 64  # below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10)
+
+
+def refuse_unknown_fields(config_class: type, unknown: dict[str, Any]) -> None:
+    """Raise for keyword arguments that are no field of a config.
+
+    Args:
+        config_class: the dataclass whose fields are allowed.
+        unknown: the keyword arguments that matched no field.
+
+    Raises:
+        ValueError: names the first unknown field and the nearest known one.
+    """
+    misspelt = sorted(set(unknown) - _FIELDS_OF_RELOADED_CONFIGS)
+    if not misspelt:
+        return
+    known = [field.name for field in fields(config_class)]
+    nearest = get_close_matches(misspelt[0], known, n=1, cutoff=0.0)
+    raise ValueError(f"{config_class.__name__} has no field '{misspelt[0]}'; the nearest is '{nearest[0]}'")
+
+
+@strict
+class SSLViTConfig(PreTrainedConfig):
+    """Vision Transformer backbone. Defaults are ViT-B/16 (arXiv 2010.11929), pre-norm, no dropout."""
+
+    model_type = "hf_ssl_vit"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None  # None: 4 * hidden_size
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_act: str = "gelu"  # exact (erf)
+    use_swiglu_ffn: bool = False  # gated MLP of DINOv2's giant model
+    qkv_bias: bool = True
+    layer_norm_eps: float | int = 1e-6
+    use_class_token: bool = True
+    num_register_tokens: int = 0  # arXiv 2309.16588
+    use_mask_token: bool = False
+    position_embedding_type: str = "learned"  # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE)
+    layer_scale_value: float | int | None = None  # None: no LayerScale (arXiv 2103.17239)
+    drop_path_rate: float | int = 0.0  # of the last block; rises linearly from 0
+    # std 0.02; or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
+    weight_initialization: str = "trunc_normal"
+    class_token_std: float | int = 0.02  # MoCo v3: 1e-6
+    freeze_patch_embedding: bool = False  # MoCo v3 (arXiv 2104.02057, section 4.2)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_fields(type(self), kwargs)
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_image_size(self) -> None:
+        """Refuse an image that is not cut into whole patches."""
+        if self.image_size % self.patch_size:
+            below = max(self.image_size // self.patch_size, 1) * self.patch_size
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
+                f"use {below} or {below + self.patch_size}"
+            )
+
+    def validate_heads(self) -> None:
+        """Refuse a width that heads do not divide."""
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is not a multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+
+    def validate_choices(self) -> None:
+        """Refuse unknown position embeddings and initialisations."""
+        choices = {
+            "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first"),
+            "weight_initialization": ("trunc_normal", "xavier_uniform", "xavier_uniform_joint_qkv"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patch tokens: class token and registers."""
+        return int(self.use_class_token) + self.num_register_tokens
+
+    @property
+    def grid_size(self) -> int:
+        """Patches along one side of an image of `image_size`."""
+        return self.image_size // self.patch_size
+
+
+@strict
+class SSLTimmConfig(PreTrainedConfig):
+    """Any timm model as a backbone, without its classifier."""
+
+    model_type = "hf_ssl_timm"
+
+    architecture: str = "resnet50"
+    model_args: dict[str, Any] | None = None  # passed to timm.create_model
+    image_size: int = 224
+    num_channels: int = 3
+    # 0: the architecture's own stem. 1 or 2: a 3x3 convolution of that stride and no pooling (timm's ResNets).
+    small_stem_stride: int | None = None  # None: 1 for image_size < 64, else 0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_fields(type(self), kwargs)
+        if self.small_stem_stride is None:
+            self.small_stem_stride = int(self.image_size < SMALL_IMAGE_SIDE)
+        if self.model_args is None:
+            self.model_args = {}
+        super().__post_init__(**kwargs)
+
+    def validate_stem(self) -> None:
+        """Refuse strides that cannot be exported."""
+        if self.small_stem_stride not in (None, 0, 1, 2):
+            raise ValueError(f"small_stem_stride must be 0, 1 or 2, got {self.small_stem_stride}")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """A feature map has none."""
+        return 0
+
+
+BACKBONE_CONFIGS: dict[str, type[PreTrainedConfig]] = {
+    SSLViTConfig.model_type: SSLViTConfig,
+    SSLTimmConfig.model_type: SSLTimmConfig,
+}
+
+
+def resolve_backbone_config(backbone: dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    """Build the backbone's config from its dictionary; our own table, as remote code has no registration.
+
+    Raises:
+        ValueError: `model_type` is missing or none of ours.
+    """
+    if isinstance(backbone, PreTrainedConfig):
+        return backbone
+    model_type = backbone.get("model_type", SSLViTConfig.model_type)
+    if model_type not in BACKBONE_CONFIGS:
+        raise ValueError(f"backbone_config.model_type must be one of {', '.join(BACKBONE_CONFIGS)}, got '{model_type}'")
+    return BACKBONE_CONFIGS[model_type](**{key: value for key, value in backbone.items() if key != "model_type"})
+
+
+@strict
+class SSLConfig(PreTrainedConfig):
+    """Base of every method's config: a backbone and the refusal of unknown fields."""
+
+    default_backbone = {"model_type": "hf_ssl_vit"}  # the paper's main backbone; overridden by methods
+
+    backbone_config: dict[str, Any] | PreTrainedConfig | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        refuse_unknown_fields(type(self), kwargs)
+        backbone = self.backbone_config if self.backbone_config is not None else self.default_backbone
+        self.backbone_config = resolve_backbone_config(backbone)
+        super().__post_init__(**kwargs)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the training images in pixels."""
+        return int(self.backbone_config.image_size)  # type: ignore[union-attr]
+
+    def require_vit(self) -> None:
+        """Raise unless the backbone is our ViT.
+
+        Raises:
+            ValueError: the backbone has no patch tokens to hide.
+        """
+        if not isinstance(self.backbone_config, SSLViTConfig):
+            raise ValueError(
+                f"{type(self).__name__} needs a ViT backbone (model_type hf_ssl_vit), "
+                f"got {type(self.backbone_config).__name__}"
+            )

@@ -1,0 +1,102 @@
+"""The image processor that all methods share.
+
+At inference it is an ordinary transformers processor. It also carries `views`, the method's training
+augmentations as plain data, so that a checkpoint says how it was trained; `hf_ssl.data.views` builds the
+pipeline from them.
+"""
+
+from typing import Any
+
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+SMALLEST_CROPPED_SIDE = 65  # at 64 px and below, images are resized whole: a crop would lose what little there is
+
+
+class SSLImageProcessorKwargs(ImagesKwargs, total=False):
+    """Adds the training views to transformers' own arguments."""
+
+    views: list[dict[str, Any]]
+
+
+class SSLImageProcessor(TorchvisionBackend):
+    """Resize, centre crop, rescale, normalise; and `views`, the training recipe as data."""
+
+    valid_kwargs = SSLImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+    resample = PILImageResampling.BICUBIC
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 224, "width": 224}
+    do_convert_rgb = True
+    do_resize = True
+    do_rescale = True
+    do_normalize = True
+    views: list[dict[str, Any]] = []
+
+    @classmethod
+    def default_views(cls, image_size: int) -> list[dict[str, Any]]:
+        """The method's published augmentations for images of this side."""
+        return []
+
+    @classmethod
+    def for_image_size(cls, image_size: int, **overrides: Any) -> "SSLImageProcessor":
+        """The processor for training and testing at one image side.
+
+        Args:
+            image_size: side in pixels. Above 64 the test image is resized to 256/224 of it and cropped.
+            **overrides: any processor argument, e.g. `image_mean` or `views`.
+        """
+        geometry: dict[str, Any] = {"size": {"height": image_size, "width": image_size}}
+        if image_size >= SMALLEST_CROPPED_SIDE:
+            geometry = {
+                "size": {"shortest_edge": round(image_size * 256 / 224)},
+                "do_center_crop": True,
+                "crop_size": {"height": image_size, "width": image_size},
+            }
+        return cls(**{"views": cls.default_views(image_size), **geometry, **overrides})
+
+
+def crop(scale: tuple[float, float], interpolation: str) -> dict[str, Any]:
+    """Random resized crop with torchvision's aspect ratios."""
+    return {"scale": list(scale), "ratio": [3 / 4, 4 / 3], "interpolation": interpolation}
+
+
+def flip(probability: float = 0.5) -> dict[str, Any]:
+    """Horizontal flip."""
+    return {"type": "horizontal_flip", "probability": probability}
+
+
+def color_jitter(
+    brightness: float, contrast: float, saturation: float, hue: float, probability: float
+) -> dict[str, Any]:
+    """Brightness, contrast, saturation and hue in random order."""
+    return {
+        "type": "color_jitter",
+        "probability": probability,
+        "brightness": brightness,
+        "contrast": contrast,
+        "saturation": saturation,
+        "hue": hue,
+    }
+
+
+def grayscale(probability: float = 0.2) -> dict[str, Any]:
+    """Grey image with three equal channels."""
+    return {"type": "grayscale", "probability": probability}
+
+
+def blur(probability: float) -> dict[str, Any]:
+    """Gaussian blur with sigma in (0.1, 2.0) pixels."""
+    return {"type": "gaussian_blur", "probability": probability, "sigma": [0.1, 2.0]}
+
+
+def solarize(probability: float) -> dict[str, Any]:
+    """Invert values of 128 and above."""
+    return {"type": "solarize", "probability": probability, "threshold": 128}
+
+
+def view(size: int, crop_spec: dict[str, Any], transforms: list[dict[str, Any]], count: int = 1) -> dict[str, Any]:
+    """One entry of `views`: `count` global views drawn alike."""
+    return {"count": count, "kind": "global", "size": size, "crop": crop_spec, "transforms": transforms}

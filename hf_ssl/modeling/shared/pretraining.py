@@ -1,0 +1,307 @@
+"""What every pre-training model shares: branches, loading rules and the step protocol.
+
+A trainer knows of a method only this protocol, called in this order once per optimizer step:
+`begin_step`, `prepare_step`, `forward` for every micro-batch, `end_step`. `forward` changes no state, so
+accumulation, recomputation and evaluation are safe; whatever moves (teacher, queue) moves in the others.
+"""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_ssl.modeling.shared.backbone import build_backbone
+from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
+from hf_ssl.modeling.shared.initialization import initialize_module
+from hf_ssl.modeling.shared.outputs import SSLOutput
+
+logger = logging.getLogger(__name__)
+
+
+class SSLPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading rules of all our models."""
+
+    config: SSLConfig
+    base_model_prefix = "student"  # the published branch
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # Trainer must divide the loss by the number of micro-batches itself
+    _no_split_modules = ["SSLViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    def post_init(self) -> None:
+        """Initialise weights once all modules exist."""
+        self._share_attention_implementation()
+        super().post_init()
+
+    def _share_attention_implementation(self) -> None:
+        for module in self.modules():
+            if isinstance(getattr(module, "config", None), SSLViTConfig):
+                module.config._attn_implementation = self.config._attn_implementation  # type: ignore[union-attr]
+
+    def set_attn_implementation(self, attn_implementation: str, **kwargs: Any) -> None:
+        """Choose eager, sdpa or flash attention for all branches."""
+        super().set_attn_implementation(attn_implementation, **kwargs)
+        self._share_attention_implementation()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        initialize_module(module)
+
+    def freeze_targets(self) -> None:
+        """Set `requires_grad` as the method wants it; `from_pretrained` makes every parameter trainable."""
+        for module in self.modules():
+            for parameter in getattr(module, "frozen_parameters", ()):
+                parameter.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does, then freeze what the method freezes."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model._after_loading(info)
+        model.freeze_targets()
+        return (model, info) if wants_info else model
+
+    def _after_loading(self, info: dict[str, Any]) -> None:
+        """Hook for what a checkpoint lacks."""
+
+
+class SSLModel(SSLPreTrainedModel):
+    """An encoder: the published branch without its heads."""
+
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\.", r"^(student|teacher|queue|predictor)\b"]
+
+    def __init__(self, config: SSLConfig) -> None:
+        super().__init__(config)
+        self.backbone = build_backbone(config.backbone_config)  # type: ignore[arg-type]
+        self.post_init()
+        self.freeze_targets()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised by the image processor; any size the backbone takes.
+            output_hidden_states: also return the states between blocks.
+            output_attentions: also return attention weights (eager attention only).
+            return_dict: False returns a tuple.
+
+        Returns:
+            `last_hidden_state` (B, T, D) tokens after the final norm, or a feature map (B, D, H', W');
+            `pooler_output` (B, D): the class token, or the mean of patches or positions.
+        """
+        outputs = self.backbone(
+            pixel_values.to(self.dtype),
+            output_hidden_states=bool(_first_set(output_hidden_states, self.config.output_hidden_states)),
+            output_attentions=bool(_first_set(output_attentions, self.config.output_attentions)),
+        )
+        return outputs if _first_set(return_dict, True) else outputs.to_tuple()
+
+
+def _first_set(value: bool | None, default: bool | None) -> bool | None:
+    return default if value is None else value
+
+
+class SSLForPreTraining(SSLPreTrainedModel):
+    """Backbone, heads and training state, with the step protocol.
+
+    Subclasses set `student` (and `teacher`), each an `nn.Module` with `backbone` and maybe `head`, and
+    implement `forward`.
+    """
+
+    student: nn.Module
+    teacher: nn.Module | None = None
+
+    # The step protocol
+
+    def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
+        """Start optimizer step `step` (0-based): schedules, and teachers that move before their forward."""
+
+    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """See all micro-batches of the step, to make targets that couple them."""
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SSLOutput:
+        """Loss of one micro-batch; changes no state but BatchNorm's running statistics."""
+        raise TypeError(f"{type(self).__name__} must define forward")
+
+    def end_step(self, updates: list[dict[str, Tensor]]) -> None:
+        """After the optimizer: move teacher, queue or centre once, from the `updates` of all micro-batches."""
+
+    def check_global_batch(self, global_batch_size: int) -> None:
+        """Raise ValueError before step one where the method cannot work with this many images per step."""
+
+    def expectations(self) -> dict[str, float]:
+        """Numbers a healthy run shows, e.g. `loss_at_start`; the diagnostics compare with them."""
+        return {}
+
+    @property
+    def loss_couples_the_batch(self) -> bool:
+        """Whether the loss of an image depends on the other images, so that accumulation is no larger batch."""
+        return False
+
+    # Parameters
+
+    def published_branch(self) -> nn.Module:
+        """The branch whose backbone is the encoder."""
+        return getattr(self, self.base_model_prefix)  # type: ignore[no-any-return]
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters that receive gradients."""
+        return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
+
+    def parameter_groups(self, weight_decay: float, decay_norms_and_biases: bool = False) -> list[dict[str, Any]]:
+        """Groups for the optimizer.
+
+        Args:
+            weight_decay: of the decayed group.
+            decay_norms_and_biases: put everything into the decayed group, as the official SGD recipes do.
+
+        Returns:
+            One or two groups with keys `params`, `weight_decay`, `exclude_from_adaptation` (LARS); vectors
+            and scalars are excluded from both unless asked for.
+        """
+        matrices = [value for _, value in self.trainable_parameters() if value.ndim > 1]
+        vectors = [value for _, value in self.trainable_parameters() if value.ndim <= 1]
+        return [
+            {"params": matrices, "weight_decay": weight_decay, "exclude_from_adaptation": False},
+            {
+                "params": vectors,
+                "weight_decay": weight_decay if decay_norms_and_biases else 0.0,
+                "exclude_from_adaptation": True,
+            },
+        ]
+
+    def freeze_targets(self) -> None:
+        """Freeze the teacher and what modules declare frozen."""
+        super().freeze_targets()
+        if self.teacher is not None:
+            self.teacher.requires_grad_(False)
+
+    # Branches
+
+    def sync_branches(self, source: str = "student") -> None:
+        """Copy one branch's parameters and buffers into the other.
+
+        Args:
+            source: "student" or "teacher".
+        """
+        if self.teacher is None:
+            return
+        target = "teacher" if source == "student" else "student"
+        state = getattr(self, source).state_dict()
+        kept = {name: value for name, value in state.items() if name.split(".")[0] in self._shared_children()}
+        getattr(self, target).load_state_dict(kept, strict=False)
+
+    def _shared_children(self) -> set[str]:
+        return {name for name, _ in self.teacher.named_children()}  # type: ignore[union-attr]
+
+    def finish_construction(self) -> None:
+        """Initialise, start the teacher as the student, freeze; the last line of every `__init__`."""
+        self.post_init()
+        if not next(self.parameters()).is_meta:
+            self.sync_branches()
+        self.freeze_targets()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, allow_new_heads: bool = False, **kwargs: Any) -> Any:
+        """Load a pre-training checkpoint, or start from an encoder.
+
+        Args:
+            *args: as in transformers.
+            allow_new_heads: accept a checkpoint without heads or queue; they start fresh.
+            **kwargs: as in transformers.
+
+        Raises:
+            ValueError: tensors are missing that no other branch can supply.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        fresh = sorted(model._missing_after_sync(info))
+        if fresh and not allow_new_heads:
+            raise ValueError(
+                f"the checkpoint lacks {len(fresh)} tensors of {cls.__name__}, e.g. '{fresh[0]}'; pass "
+                "allow_new_heads=True to start them fresh"
+            )
+        if fresh:
+            logger.warning("started fresh: %d tensors, e.g. %s", len(fresh), fresh[0])
+        return (model, info) if wants_info else model
+
+    def _after_loading(self, info: dict[str, Any]) -> None:
+        """Copy a branch that the checkpoint lacks from the one it has."""
+        missing = set(info["missing_keys"])
+        if self.teacher is None or not missing:
+            return
+        for lacking, source in (("teacher", "student"), ("student", "teacher")):
+            wanted = {f"{lacking}.{name}" for name in self.teacher.state_dict()}
+            has_source = not any(key.startswith(f"{source}.backbone.") for key in missing)
+            if has_source and any(key in missing for key in wanted if ".backbone." in f".{key}"):
+                self.sync_branches(source)
+                logger.warning("the checkpoint has no %s; it starts as a copy of the %s", lacking, source)
+
+    def _missing_after_sync(self, info: dict[str, Any]) -> set[str]:
+        missing = set(info["missing_keys"])
+        if self.teacher is None:
+            return missing
+        copied = set()
+        for name in self.teacher.state_dict():
+            pair = {f"student.{name}", f"teacher.{name}"}
+            if len(pair & missing) == 1:
+                copied |= pair & missing
+        return missing - copied
+
+
+class Branch(nn.Module):
+    """A backbone with a head: one side of a student/teacher pair."""
+
+    def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pooled backbone features (B, D) and head outputs (B, d) of images (B, C, H, W)."""
+        features_BD = self.backbone(pixel_values).pooler_output
+        return features_BD, self.head(features_BD)
+
+
+def split_views(pixel_values: Tensor, num_views: int) -> list[Tensor]:
+    """Views of a batch (B, V, C, H, W) as a list of V tensors (B, C, H, W).
+
+    Raises:
+        ValueError: the batch has another number of views or of dimensions.
+    """
+    if pixel_values.ndim != 5 or pixel_values.shape[1] != num_views:
+        raise ValueError(
+            f"pixel_values must be (batch, {num_views} views, channels, height, width), got {tuple(pixel_values.shape)}"
+        )
+    return list(pixel_values.unbind(1))
+
+
+def join_views(pixel_values: Tensor, num_views: int) -> Tensor:
+    """Views of a batch (B, V, C, H, W) as (V*B, C, H, W), blocked by view.
+
+    Raises:
+        ValueError: the batch has another number of views or of dimensions.
+    """
+    split_views(pixel_values, num_views)
+    return pixel_values.transpose(0, 1).flatten(0, 1)
+
+
+@torch.no_grad()
+def std_of_normalized(embeddings_BD: Tensor) -> Tensor:
+    """Standard deviation over the batch of unit vectors, mean over dimensions; 1/sqrt(D) when well spread."""
+    unit_BD = nn.functional.normalize(embeddings_BD.detach().float(), dim=1)
+    return unit_BD.std(dim=0).mean()

@@ -1,0 +1,335 @@
+"""Vision Transformer backbone.
+
+Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); options of MAE, MoCo v3, DINOv2 as named in
+`SSLViTConfig`. Parameters are named as transformers' `ViTModel` names them in memory, so that an export
+is a copy. Deliberate difference: visible tokens can be gathered before the patch projection
+(`kept_index_BM`), which computes only what a masked encoder needs.
+Shape suffixes in this file: B = images, N = patches, M = visible patches, T = tokens (prefix and patches),
+D = width.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.initialization import set_weight_initialization
+from hf_ssl.modeling.shared.patches import gather_pixel_patches
+from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention as two matrix products; returns the weights. In bf16 on a CPU it beats the fused kernel."""
+    weights = torch.matmul(query * scaling, key.transpose(2, 3))
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=_at_least_fp32(query.dtype)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+class SSLViTPatchEmbeddings(nn.Module):
+    """Linear projection of non-overlapping patches."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.num_channels = config.num_channels
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+
+    def forward(self, pixel_values: Tensor, kept_index_BM: Tensor | None = None) -> Tensor:
+        """Embed all patches (B, N, D) or the chosen ones (B, M, D), in the order of the indices."""
+        height, width = pixel_values.shape[-2:]
+        if pixel_values.shape[1] != self.num_channels:
+            raise ValueError(f"expected {self.num_channels} channels, got {pixel_values.shape[1]}")
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(f"image of {height}x{width} pixels is not a multiple of patch_size {self.patch_size}")
+        if kept_index_BM is None:
+            return self.projection(pixel_values).flatten(2).transpose(1, 2)
+        pixels_BMP = gather_pixel_patches(pixel_values, self.patch_size, kept_index_BM)
+        return nn.functional.linear(pixels_BMP, self.projection.weight.flatten(1), self.projection.bias)
+
+
+class SSLViTEmbeddings(nn.Module):
+    """Patch embeddings, positions, and the class, register and mask tokens."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.patch_embeddings = SSLViTPatchEmbeddings(config)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_class_token else None
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, config.num_register_tokens, width)) if config.num_register_tokens else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
+        num_positions = config.grid_size**2 + int(config.use_class_token)
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, width))
+
+    @property
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """Parameters that never train; `freeze_targets` reads this after every load."""
+        frozen = [self.position_embeddings] if self.config.position_embedding_type != "learned" else []
+        if self.config.freeze_patch_embedding:
+            frozen += list(self.patch_embeddings.parameters())
+        return frozen
+
+    def initialize_parameters(self) -> None:
+        """Start the bare parameters; see `shared/initialization.py`."""
+        config = self.config
+        if self.cls_token is not None:
+            init.normal_(self.cls_token, std=config.class_token_std)
+        for token in (self.register_tokens, self.mask_token):
+            if token is not None:
+                init.normal_(token, std=0.02)
+        if config.position_embedding_type == "learned":
+            init.trunc_normal_(self.position_embeddings, std=0.02)
+        else:
+            first = "row" if config.position_embedding_type == "sincos_row_first" else "column"
+            table = sincos_positions(
+                config.hidden_size, config.grid_size, config.grid_size, first=first, class_token=config.use_class_token
+            )
+            init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
+
+    def forward(
+        self, pixel_values: Tensor, kept_index_BM: Tensor | None = None, bool_masked_pos: Tensor | None = None
+    ) -> Tensor:
+        """Tokens (B, T, D): class token, registers, then patches (all, or those of `kept_index_BM`)."""
+        grid = (pixel_values.shape[-2] // self.config.patch_size, pixel_values.shape[-1] // self.config.patch_size)
+        positions = self.positions(grid)
+        patches_BND = self.patch_embeddings(pixel_values, kept_index_BM)
+        if bool_masked_pos is not None:
+            if self.mask_token is None:
+                raise ValueError("bool_masked_pos needs a mask token; set use_mask_token=True in the backbone_config")
+            patches_BND = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(patches_BND.dtype), patches_BND)
+        patch_positions = positions[:, int(self.config.use_class_token) :]
+        if kept_index_BM is not None:
+            index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
+            patch_positions = patch_positions.expand(len(index), -1, -1).gather(1, index)
+        tokens = [patches_BND + patch_positions]
+        if self.register_tokens is not None:
+            tokens.insert(0, self.register_tokens.expand(len(patches_BND), -1, -1))
+        if self.cls_token is not None:
+            tokens.insert(0, (self.cls_token + positions[:, :1]).expand(len(patches_BND), -1, -1))
+        return torch.cat(tokens, dim=1)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Position table (1, [1 +] N, D) for a patch grid, resized where it is not the training grid."""
+        trained = (self.config.grid_size, self.config.grid_size)
+        if grid == trained:
+            return self.position_embeddings
+        return resize_positions(self.position_embeddings, trained, grid, has_class_token=self.config.use_class_token)
+
+
+class SSLViTAttention(nn.Module):
+    """Multi-head self-attention through transformers' attention interface (eager, SDPA, flash)."""
+
+    is_causal = False
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        width = config.hidden_size
+        self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, width)
+
+    def forward(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Attended tokens (B, T, D), and the weights (B, heads, T, T) where the implementation has them."""
+        shape = (*tokens_BTD.shape[:2], -1, self.head_dim)
+        query = self.q_proj(tokens_BTD).view(shape).transpose(1, 2)
+        key = self.k_proj(tokens_BTD).view(shape).transpose(1, 2)
+        value = self.v_proj(tokens_BTD).view(shape).transpose(1, 2)
+        attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attended, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling)
+        return self.o_proj(attended.reshape(tokens_BTD.shape)), weights
+
+
+class SSLViTMLP(nn.Module):
+    """Two-layer MLP."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)  # type: ignore[arg-type]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)  # type: ignore[arg-type]
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        return self.fc2(self.activation_fn(self.fc1(tokens_BTD)))
+
+
+class SSLViTSwiGLU(nn.Module):
+    """Gated MLP (arXiv 2002.05202) with names and width rule of transformers' `Dinov2SwiGLUFFN`."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        hidden = (int(config.intermediate_size * 2 / 3) + 7) // 8 * 8  # type: ignore[operator]
+        self.weights_in = nn.Linear(config.hidden_size, 2 * hidden)
+        self.weights_out = nn.Linear(hidden, config.hidden_size)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        gate, value = self.weights_in(tokens_BTD).chunk(2, dim=-1)
+        return self.weights_out(nn.functional.silu(gate) * value)
+
+
+class SSLViTLayerScale(nn.Module):
+    """Learned factor per channel (arXiv 2103.17239)."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.start = config.layer_scale_value
+        self.lambda1 = nn.Parameter(torch.empty(config.hidden_size))
+
+    def initialize_parameters(self) -> None:
+        """Start at the configured value."""
+        init.constant_(self.lambda1, self.start)
+
+    def forward(self, tokens_BTD: Tensor) -> Tensor:
+        """Tokens of the same shape."""
+        return tokens_BTD * self.lambda1
+
+
+class SSLViTDropPath(nn.Module):
+    """Stochastic depth per sample (arXiv 1603.09382), kept samples scaled by 1 / keep."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch_BTD: Tensor) -> Tensor:
+        """Tokens of the same shape; whole samples set to zero while training."""
+        if not self.training or self.rate == 0:
+            return branch_BTD
+        keep = 1 - self.rate
+        kept = branch_BTD.new_empty(len(branch_BTD), 1, 1).bernoulli_(keep)
+        return branch_BTD * (kept / keep)
+
+
+class SSLViTLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer block."""
+
+    def __init__(self, config: SSLViTConfig, drop_path_rate: float) -> None:
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = SSLViTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = SSLViTSwiGLU(config) if config.use_swiglu_ffn else SSLViTMLP(config)
+        scaled = config.layer_scale_value is not None
+        self.layer_scale1 = SSLViTLayerScale(config) if scaled else nn.Identity()
+        self.layer_scale2 = SSLViTLayerScale(config) if scaled else nn.Identity()
+        self.drop_path = SSLViTDropPath(drop_path_rate)
+
+    def forward(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, T, D) and the attention weights, if the implementation returns them."""
+        attended, weights = self.attention(self.layernorm_before(tokens_BTD))
+        tokens_BTD = tokens_BTD + self.drop_path(self.layer_scale1(attended))
+        hidden = self.mlp(self.layernorm_after(tokens_BTD))
+        return tokens_BTD + self.drop_path(self.layer_scale2(hidden)), weights
+
+
+class SSLViTLayers(nn.ModuleList):
+    """A stack of blocks, as the encoder and the decoders of masked methods use it."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        depth = config.num_hidden_layers
+        rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        super().__init__(SSLViTLayer(config, rate) for rate in rates)
+
+    def run(self, tokens_BTD: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Tokens after every block, the input first, and the attention weights of every block."""
+        states, weights = [tokens_BTD], []
+        for layer in self:
+            tokens_BTD, attention = layer(tokens_BTD)
+            states.append(tokens_BTD)
+            weights.append(attention)
+        return states, weights
+
+
+def set_vit_initialization(module: nn.Module, config: SSLViTConfig) -> None:
+    """Let the Linears of blocks and embeddings start as `config.weight_initialization` says."""
+    joint = config.weight_initialization == "xavier_uniform_joint_qkv"
+    set_weight_initialization(module, "xavier_uniform" if joint else config.weight_initialization)
+    for attention in module.modules():
+        if joint and isinstance(attention, SSLViTAttention):
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+                set_weight_initialization(projection, "xavier_uniform_third")
+
+
+class SSLViTBackbone(nn.Module):
+    """The whole encoder: embeddings, blocks, final norm."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.hidden_size = config.hidden_size
+        self.embeddings = SSLViTEmbeddings(config)
+        self.layers = SSLViTLayers(config)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        set_vit_initialization(self, config)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        kept_index: Tensor | None = None,
+        bool_masked_pos: Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised; H and W are multiples of the patch.
+            kept_index: (B, M) int64, the patches to encode; None encodes all.
+            bool_masked_pos: (B, N) bool, True = replaced by the mask token.
+            output_hidden_states: also return the tokens before the final norm, one tensor per block.
+            output_attentions: also return attention weights; needs the eager implementation.
+
+        Returns:
+            `last_hidden_state` (B, T, D) after the final norm; `pooler_output` (B, D): the class token, or
+            the mean of the patch tokens where there is none.
+
+        Raises:
+            ValueError: size or channels do not fit; attention weights asked of another implementation.
+        """
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError('attention weights need model.set_attn_implementation("eager")')
+        states, weights = self.layers.run(self.embeddings(pixel_values, kept_index, bool_masked_pos))
+        tokens_BTD = self.layernorm(states[-1])
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens_BTD,
+            pooler_output=tokens_BTD[:, 0] if self.config.use_class_token else self.patch_mean(tokens_BTD),
+            hidden_states=tuple(states) if output_hidden_states else None,
+            attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
+        )
+
+    def patch_mean(self, tokens_BTD: Tensor) -> Tensor:
+        """Mean of the patch tokens (B, D)."""
+        return tokens_BTD[:, self.config.num_prefix_tokens :].mean(dim=1)

@@ -1,0 +1,85 @@
+"""SimCLR: two views of an image attract, all other views of the batch repel.
+
+Source: Chen et al. 2020 (arXiv 2002.05709), Eq. 1 and Algorithm 1; v2 (2006.10029) has a third head layer.
+Compared with the authors' `tf2/model.py` and `tf2/objective.py`, which return twice the paper's loss; ours is
+the paper's mean. As in their code (not in the paper's formula) every head layer is normalised.
+Shape suffixes: B = images in this process, D = backbone width, d = projection width.
+"""
+
+import math
+
+from torch import Tensor
+
+from hf_ssl.modeling.shared.backbone import build_backbone
+from hf_ssl.modeling.shared.distributed import convert_batchnorm
+from hf_ssl.modeling.shared.heads import MLPHead
+from hf_ssl.modeling.shared.initialization import set_weight_initialization
+from hf_ssl.modeling.shared.losses import nt_xent_loss
+from hf_ssl.modeling.shared.outputs import SSLOutput
+from hf_ssl.modeling.shared.pretraining import Branch, SSLForPreTraining, SSLModel, join_views, std_of_normalized
+
+from .configuration_simclr import SimCLRConfig
+
+
+class SimCLRModel(SSLModel):
+    """The encoder: features before the projection head (SimCLR paper, section 4.2)."""
+
+    config_class = SimCLRConfig
+
+
+class SimCLRForPreTraining(SSLForPreTraining):
+    """Encoder, projection head and the NT-Xent loss."""
+
+    config_class = SimCLRConfig
+
+    def __init__(self, config: SimCLRConfig) -> None:
+        super().__init__(config)
+        backbone = build_backbone(config.backbone_config)
+        head = MLPHead(
+            backbone.hidden_size,
+            config.projection_hidden_size or backbone.hidden_size,
+            config.projection_size,
+            config.num_projection_layers,
+            hidden_norm=True,
+            last_norm="scale",
+            bias=False,
+        )
+        set_weight_initialization(head, "normal_0.01")
+        self.student = convert_batchnorm(Branch(backbone, head), "synchronized")
+        self.finish_construction()
+
+    def forward(self, pixel_values: Tensor, row_index: Tensor | None = None) -> SSLOutput:
+        """Contrast two views.
+
+        Args:
+            pixel_values: (B, 2, C, H, W), normalised.
+            row_index: (B,) rows of the global batch; unused.
+
+        Returns:
+            `loss`: mean over 2B anchors in nats; ln(2N - 1) for a uniform softmax over N images of all processes.
+        """
+        features_BD, projections_Bd = self.student(join_views(pixel_values, num_views=2))
+        first_Bd, second_Bd = projections_Bd.chunk(2)
+        loss = nt_xent_loss(first_Bd, second_Bd, self.config.temperature)
+        return SSLOutput(
+            loss=loss,
+            parts={"projection_std": std_of_normalized(projections_Bd)},
+            features=features_BD.detach(),
+            projections=projections_Bd.detach(),
+        )
+
+    @property
+    def loss_couples_the_batch(self) -> bool:
+        """Other images are the negatives."""
+        return True
+
+    def check_global_batch(self, global_batch_size: int) -> None:
+        """Refuse a batch without negatives."""
+        if global_batch_size < 2:
+            raise ValueError(f"SimCLR needs at least 2 images per step for negatives, got {global_batch_size}")
+
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
+        """Loss of a uniform softmax over `num_images` pairs, and of aligned positives among uniform negatives."""
+        candidates = 2 * num_images - 1
+        aligned = math.log1p((candidates - 1) * math.exp(-1 / self.config.temperature))
+        return {"loss_at_start": math.log(candidates), "loss_when_learned": aligned}

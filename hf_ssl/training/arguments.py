@@ -1,0 +1,104 @@
+"""Training arguments: transformers' own, with defaults that suit self-supervised training, and what it lacks."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class SSLTrainingArguments(TrainingArguments):
+    """Arguments of `SSLTrainer`.
+
+    Changed defaults, since transformers' belong to fine-tuning: no gradient clipping, columns are kept, NaN is
+    not filtered from the log, data are positioned instead of skipped on resume.
+    """
+
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Images per optimizer step on all processes; accumulation follows from it."},
+    )
+    base_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate per `learning_rate_reference_batch` images; sets `learning_rate`."},
+    )
+    learning_rate_reference_batch: int = field(
+        default=256, metadata={"help": "Batch for which `base_learning_rate` is given."}
+    )
+    learning_rate_power: float = field(
+        default=1.0, metadata={"help": "1: linear scaling with the batch, 0.5: square root, 0: none."}
+    )
+    learning_rate_schedule: str = field(
+        default="cosine",
+        metadata={"help": "cosine (per step), cosine_per_epoch, multistep_per_epoch or constant."},
+    )
+    learning_rate_end: float = field(default=0.0, metadata={"help": "Final share of the learning rate (cosine)."})
+    learning_rate_milestones: list[float] = field(
+        default_factory=lambda: [0.6, 0.8],
+        metadata={"help": "Shares of training after which multistep_per_epoch divides the rate by 10."},
+    )
+    warmup_epochs: float | None = field(default=None, metadata={"help": "Linear warm-up; overrides warmup_steps."})
+    optimizer: str = field(default="adamw", metadata={"help": "adamw, sgd or lars; replaces `optim`."})
+    optimizer_momentum: float = field(default=0.9, metadata={"help": "Of sgd and lars."})
+    lars_variant: str = field(default="moco", metadata={"help": "tf (SimCLR), moco (MoCo v3, MAE probe) or larc."})
+    lars_trust_coefficient: float = field(default=0.001, metadata={"help": "Trust coefficient of LARS."})
+    weight_decay_end: float | None = field(
+        default=None, metadata={"help": "Final weight decay on a half cosine; None keeps it constant."}
+    )
+    decay_norms_and_biases: bool = field(
+        default=False, metadata={"help": "Decay every parameter, as the official MoCo recipes do."}
+    )
+    clip_mode: str = field(
+        default="global",
+        metadata={"help": "What max_grad_norm bounds: the global norm, or each tensor's (per_tensor)."},
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "Share of unreadable images above which the run stops."}
+    )
+
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show NaN losses."})
+    ignore_data_skip: bool = field(default=True, metadata={"help": "Data are positioned, not skipped."})
+    logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept beside the best one."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Unused; see learning_rate_schedule."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        choices = {
+            "clip_mode": ("global", "per_tensor"),
+            "optimizer": ("adamw", "sgd", "lars"),
+            "learning_rate_schedule": ("cosine", "cosine_per_epoch", "multistep_per_epoch", "constant"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
+        self._set_accumulation()
+        self._set_learning_rate()
+
+    def _set_accumulation(self) -> None:
+        """Derive accumulation from the global batch.
+
+        Raises:
+            ValueError: the global batch is not a multiple of the images that all processes take at once.
+        """
+        at_once = self.per_device_train_batch_size * self.world_size
+        if self.global_batch_size is None:
+            self.global_batch_size = at_once * self.gradient_accumulation_steps
+            return
+        if self.global_batch_size < at_once and self.world_size == 1:
+            self.per_device_train_batch_size = at_once = self.global_batch_size
+        if self.global_batch_size % at_once:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of per_device_train_batch_size "
+                f"{self.per_device_train_batch_size} x {self.world_size} processes; use "
+                f"{max(self.global_batch_size // at_once, 1) * at_once}"
+            )
+        self.gradient_accumulation_steps = self.global_batch_size // at_once
+
+    def _set_learning_rate(self) -> None:
+        if self.base_learning_rate is not None:
+            ratio = (self.global_batch_size or 1) / self.learning_rate_reference_batch
+            self.learning_rate = self.base_learning_rate * ratio**self.learning_rate_power
+

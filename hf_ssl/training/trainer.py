@@ -1,0 +1,345 @@
+"""The Trainer that runs every method's step protocol.
+
+The order of one optimizer step stands here and nowhere else:
+    get_batch_samples   all micro-batches of the step arrive, rows are numbered
+    begin_step          schedules; teachers that move before their forward      (on_step_begin)
+    prepare_step        targets that couple the micro-batches                    (on_step_begin)
+    forward, backward   once per micro-batch
+    clip, optimizer
+    end_step            teacher, queue, centre                                   (on_optimizer_step)
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_ssl.data.loader import TrainLoader
+from hf_ssl.data.sources import ImageSource
+from hf_ssl.data.views import ViewMaker
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from hf_ssl.modeling.shared.outputs import SSLOutput
+from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
+from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.optimizers import build_optimizer
+from hf_ssl.training.schedules import learning_rate_factor, weight_decay_at
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss is no longer a number."""
+
+
+class _StepProtocol(TrainerCallback):
+    """Calls the model's step protocol at its places in Trainer's loop."""
+
+    def __init__(self, trainer: "SSLTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.start_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finish_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        state.epoch = self.trainer.epoch_at(state.global_step)
+
+
+class _PreparedOnAccess(Sequence[dict[str, Tensor]]):
+    """Micro-batches that are moved and normalised when read, so that a step never holds all of them as floats."""
+
+    def __init__(self, batches: list[dict[str, Tensor]], prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]):
+        self.batches = batches
+        self.prepare = prepare
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.prepare(self.batches[index])
+
+
+class SSLTrainer(Trainer):
+    """Trainer for self-supervised models.
+
+    Args:
+        model: any `<M>ForPreTraining`.
+        args: an `SSLTrainingArguments`.
+        train_dataset: an `ImageSource` (from `hf_ssl.data.open_images`), or several.
+        processing_class: the method's image processor; its `views` are the training augmentations.
+        weights: sampling weights of several sources; None weighs by size.
+        probe: called with the model at every evaluation, returns named scores (see `hf_ssl.training.probes`).
+        **kwargs: as in transformers.
+
+    Raises:
+        ValueError: the batch does not suit the method, or neither `max_steps` nor the length of the data is known.
+    """
+
+    loss_is_scaled_for_ga = False  # our losses are means, so Trainer divides by the number of micro-batches
+    model: SSLForPreTraining
+    args: SSLTrainingArguments
+
+    def __init__(
+        self,
+        model: SSLForPreTraining,
+        args: SSLTrainingArguments,
+        train_dataset: ImageSource | list[ImageSource],
+        processing_class: SSLImageProcessor,
+        weights: list[float] | None = None,
+        probe: Callable[[SSLForPreTraining], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.sources = train_dataset if isinstance(train_dataset, list) else [train_dataset]
+        self.weights = weights
+        self.view_maker = ViewMaker(processing_class.views)
+        self.probe = probe
+        self._resume_step = 0
+        self._step_batches: list[dict[str, Tensor]] = []
+        self._updates: list[dict[str, Tensor]] = []
+        self._parts: dict[str, list[Tensor]] = {}
+        model.check_global_batch(int(args.global_batch_size or 1))
+        if model.loss_couples_the_batch and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "%s contrasts within a micro-batch: %d accumulated micro-batches give %d images of negatives, not %d",
+                type(model).__name__,
+                args.gradient_accumulation_steps,
+                int(args.global_batch_size or 0) // args.gradient_accumulation_steps,
+                args.global_batch_size,
+            )
+        self.loader = self._build_loader(args, start_batch=0)
+        if args.max_steps <= 0:
+            args.max_steps = self._steps_of_epochs(args)
+        if args.warmup_epochs is not None:
+            args.warmup_steps = round(args.warmup_epochs * self._steps_per_epoch(args))
+        super().__init__(
+            model=model, args=args, train_dataset=_Unsized(), processing_class=processing_class, **kwargs
+        )
+        self._choose_attention()
+        self.add_callback(_StepProtocol(self))
+
+    # Data
+
+    def _build_loader(self, args: SSLTrainingArguments, start_batch: int) -> TrainLoader:
+        return TrainLoader(
+            self.sources,
+            self.view_maker,
+            batch_size=args.per_device_train_batch_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            weights=self.weights,
+            rank=args.process_index,
+            world_size=args.world_size,
+            num_workers=args.dataloader_num_workers,
+            start_batch=start_batch,
+            max_bad_fraction=args.max_bad_fraction,
+        )
+
+    def _steps_per_epoch(self, args: SSLTrainingArguments) -> int:
+        if self.loader.batches_per_epoch is None:
+            raise ValueError("the length of the data is unknown; give max_steps, and warmup_steps instead of epochs")
+        return max(self.loader.batches_per_epoch // args.gradient_accumulation_steps, 1)
+
+    def _steps_of_epochs(self, args: SSLTrainingArguments) -> int:
+        return math.ceil(args.num_train_epochs * self._steps_per_epoch(args))
+
+    def get_train_dataloader(self) -> TrainLoader:  # type: ignore[override]
+        """The loader, positioned behind the steps that a resumed run has done."""
+        self.loader = self._build_loader(self.args, self._resume_step * self.args.gradient_accumulation_steps)
+        return self.loader
+
+    def epoch_at(self, step: int) -> float:
+        """Passes over the data after `step` optimizer steps."""
+        return self.loader.epoch_at(step * self.args.gradient_accumulation_steps)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Tensor]], None]:
+        """All micro-batches of one step, each row numbered in the global batch: (j * W + r) * B + i."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._step_batches = []
+        for index, batch in enumerate(batches):
+            inputs = {name: value for name, value in batch.items() if name.endswith("pixel_values")}
+            size = len(inputs["pixel_values"])
+            first = (index * self.args.world_size + self.args.process_index) * size
+            inputs["row_index"] = torch.arange(first, first + size)
+            self._step_batches.append(inputs)
+        return self._step_batches, None
+
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """Move to the device; bytes become normalised floats there, a quarter of the transfer."""
+        inputs = super()._prepare_inputs(inputs)
+        for name, value in inputs.items():
+            if value.dtype == torch.uint8:
+                inputs[name] = self._normalize(value)
+        return inputs
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        processor: Any = self.processing_class
+        mean = torch.tensor(processor.image_mean, device=pixels.device).view(-1, 1, 1)
+        std = torch.tensor(processor.image_std, device=pixels.device).view(-1, 1, 1)
+        return pixels.float().div_(255 * std).sub_(mean / std)
+
+    # The step
+
+    def start_step(self, step: int) -> None:
+        """Schedules and targets; called with the 0-based step before its first forward."""
+        self._updates = []
+        self._set_weight_decay(step)
+        self.model.begin_step(step, self.args.max_steps, seed=self.args.seed)
+        batches: Sequence[dict[str, Tensor]] = self._step_batches
+        if len(batches) == 1:
+            self._step_batches[0].update(self._prepare_inputs(self._step_batches[0]))
+        else:
+            batches = _PreparedOnAccess(self._step_batches, self._prepare_inputs)
+        with self.accelerator.autocast():
+            self.model.prepare_step(batches)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch; keeps what `end_step` and the log need."""
+        outputs: SSLOutput = model(**inputs)
+        self._updates.append(outputs.updates or {})
+        for name, value in (outputs.parts or {}).items():
+            self._parts.setdefault(name, []).append(value.detach())
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def finish_step(self) -> None:
+        """After the optimizer; a step that a loss scaler skipped counts too, as in the official code."""
+        with torch.no_grad():
+            self.model.end_step(self._updates)
+        self._updates = []
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:  # type: ignore[override]
+        if self.args.clip_mode == "global":
+            return super()._clip_grad_norm(model)  # type: ignore[no-any-return]
+        norms = [
+            torch.nn.utils.clip_grad_norm_(parameter, self.args.max_grad_norm)
+            for parameter in model.parameters()
+            if parameter.grad is not None
+        ]
+        return torch.stack(norms).norm()
+
+    # Optimizer and schedules
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> Optimizer:
+        """The recipe's optimizer over the method's own parameter groups."""
+        if self.optimizer is None:
+            self.model.freeze_targets()
+            groups = self.model.parameter_groups(self.args.weight_decay, self.args.decay_norms_and_biases)
+            self.optimizer = build_optimizer(
+                self.args.optimizer,
+                groups,
+                learning_rate=self.args.learning_rate,
+                betas=(self.args.adam_beta1, self.args.adam_beta2),
+                eps=self.args.adam_epsilon,
+                momentum=self.args.optimizer_momentum,
+                trust_coefficient=self.args.lars_trust_coefficient,
+                lars_variant=self.args.lars_variant,
+            )
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        """The recipe's learning-rate schedule, in optimizer steps."""
+        if self.lr_scheduler is None:
+            factor = learning_rate_factor(
+                self.args.learning_rate_schedule,
+                total_steps=num_training_steps,
+                warmup_steps=self.args.get_warmup_steps(num_training_steps),
+                steps_per_epoch=self._steps_per_epoch_or_total(num_training_steps),
+                end=self.args.learning_rate_end,
+                milestones=self.args.learning_rate_milestones,
+            )
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _steps_per_epoch_or_total(self, total_steps: int) -> int:
+        known = self.loader.batches_per_epoch is not None
+        return self._steps_per_epoch(self.args) if known else total_steps
+
+    def _set_weight_decay(self, step: int) -> None:
+        if self.args.weight_decay_end is None:
+            return
+        value = weight_decay_at(step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end)
+        for group in self.optimizer.param_groups:
+            if group["weight_decay"] != 0:
+                group["weight_decay"] = value
+
+    def _choose_attention(self) -> None:
+        """In bf16 on a CPU two matrix products beat the fused attention kernel by 1.7 to 4.5 times."""
+        if self.args.bf16 and self.args.device.type == "cpu":
+            self.model.set_attn_implementation("eager")
+
+    # Evaluation, log, checkpoints
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Probe the encoder; there is no evaluation loss, as it says nothing about what was learned."""
+        if self.probe is None:
+            return {}
+        was_training = self.model.training
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self.probe(self.model).items()}
+        self.model.train(was_training)
+        self.log(scores)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the named parts of the loss; stop when the loss is not a number.
+
+        Raises:
+            TrainingDiverged: the loss is NaN or infinite.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise TrainingDiverged(
+                    f"the loss is {logs['loss']} before step {self.state.global_step}; lower learning_rate "
+                    f"(now {self.args.learning_rate:g}) or raise warmup_steps, and resume from the last checkpoint"
+                )
+            logs.update({name: round(torch.stack(values).mean().item(), 4) for name, values in self._parts.items()})
+            self._parts = {}
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or continue from a checkpoint exactly where it stopped.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`.
+            **kwargs: as in transformers.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint to resume from.
+        """
+        self._resume_step = 0
+        if resume_from_checkpoint:
+            folder = (
+                get_last_checkpoint(self.args.output_dir)
+                if resume_from_checkpoint is True
+                else str(resume_from_checkpoint)
+            )
+            if folder is None or not (Path(folder) / "trainer_state.json").is_file():
+                raise FileNotFoundError(f"no checkpoint to resume from in '{folder or self.args.output_dir}'")
+            self._resume_step = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json")).global_step
+            resume_from_checkpoint = folder
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+
+class _Unsized(torch.utils.data.IterableDataset[Any]):
+    """Stands for the data in Trainer's own checks; the loader reads the sources themselves."""
