@@ -1,0 +1,159 @@
+"""Losses as pure functions of tensors, usable without any trainer.
+
+Everything here runs in at least float32 whatever the caller's precision (float64 stays float64): at a
+temperature of 0.07 a bfloat16 cosine is a logit error of 0.03.
+Shape suffixes: B = images in this process, N = candidates or patches, K = queue length, D = embedding width,
+P = values of a patch, V = 2 views.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from hf_ssl.modeling.shared.distributed import all_gather_with_gradient, rank
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """Raise half precision to float32; leave float32 and float64 alone."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """Context in which autocast of the device of `x` is off."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+
+
+def nt_xent_loss(projection_1_BD: Tensor, projection_2_BD: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each view choosing the other view of its image among all views of all processes.
+
+    Chen et al. 2020 (arXiv 2002.05709), Eq. 1: the mean over all 2N views. The authors' TensorFlow code sums
+    the two directions and is twice this value.
+
+    Args:
+        projection_1_BD: projections of the first views, any norm.
+        projection_2_BD: projections of the second views; row b is the same image.
+        temperature: divisor of the cosines, > 0.
+
+    Returns:
+        Scalar in nats, mean over the own 2B views. A model that cannot tell views apart scores ln(2N - 1).
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+    _check_temperature(temperature)
+    with without_autocast(projection_1_BD):
+        views_BVD = torch.stack([full_precision(projection_1_BD), full_precision(projection_2_BD)], dim=1)
+        views_BVD = F.normalize(views_BVD, dim=2)
+        candidates = all_gather_with_gradient(views_BVD).transpose(0, 1).flatten(0, 1)  # (2N, D), view-major
+        anchors = views_BVD.transpose(0, 1).flatten(0, 1)  # (2B, D), view-major
+        num_rows, num_images = len(views_BVD), len(candidates) // 2
+        own_B = torch.arange(num_rows, device=anchors.device) + rank() * num_rows
+        itself = torch.cat([own_B, own_B + num_images])
+        other_view = torch.cat([own_B + num_images, own_B])
+        logits = anchors @ candidates.T / temperature
+        logits = logits.scatter(1, itself[:, None], float("-inf"))
+        return F.cross_entropy(logits, other_view)
+
+
+class _QueueContrastiveLoss(torch.autograd.Function):
+    """Loss and gradient of the query in one pass over one (B, K) buffer that backward does not keep."""
+
+    @staticmethod
+    def forward(ctx: Any, query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
+        positive_B = (query_BD * key_BD).sum(dim=1) / temperature
+        scores_BK = (query_BD @ queue_KD.T).div_(temperature)
+        largest_B = torch.maximum(scores_BK.amax(dim=1), positive_B)
+        scores_BK.sub_(largest_B[:, None]).exp_()
+        positive_score_B = (positive_B - largest_B).exp()
+        total_B = scores_BK.sum(dim=1) + positive_score_B
+        if ctx.needs_input_grad[0]:
+            gradient_BD = (scores_BK @ queue_KD) / total_B[:, None]
+            gradient_BD += (positive_score_B / total_B - 1)[:, None] * key_BD
+            ctx.save_for_backward(gradient_BD / (temperature * len(query_BD)))
+        return (total_B.log() + largest_B - positive_B).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient_BD,) = ctx.saved_tensors
+        return gradient_BD * gradient, None, None, None
+
+
+def queue_contrastive_loss(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, temperature: float) -> Tensor:
+    """Cross-entropy of each query choosing its own key among that key and the whole queue.
+
+    He et al. 2020 (arXiv 1911.05722), Eq. 1.
+
+    Args:
+        query_BD: student embeddings, unit norm; the only input that receives a gradient.
+        key_BD: teacher embeddings of the same images, unit norm; row b belongs to query b.
+        queue_KD: teacher embeddings of earlier batches, unit norm; row order has no effect.
+        temperature: divisor of the cosines, > 0.
+
+    Returns:
+        Scalar in nats, mean over B. A model that cannot tell keys apart scores ln(K + 1).
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+    _check_temperature(temperature)
+    with without_autocast(query_BD):
+        query_BD = full_precision(query_BD)
+        key_BD, queue_KD = key_BD.detach().to(query_BD.dtype), queue_KD.detach().to(query_BD.dtype)
+        return _QueueContrastiveLoss.apply(query_BD, key_BD, queue_KD, temperature)
+
+
+def paired_contrastive_loss(
+    query_BD: Tensor, key_ND: Tensor, own_index_B: Tensor, temperature: float
+) -> Tensor:
+    """Twice the temperature times the cross-entropy of each query choosing its own key among N keys.
+
+    Chen et al. 2021 (arXiv 2104.02057), Algorithm 1, `ctr`; the factor makes gradients of different
+    temperatures alike.
+
+    Args:
+        query_BD: student predictions of one view, any norm; the only input that receives a gradient.
+        key_ND: teacher projections of the other view, any norm, of all processes (and micro-batches).
+        own_index_B: row of `key_ND` that holds the same image as each query.
+        temperature: divisor of the cosines, > 0.
+
+    Returns:
+        Scalar, mean over B. Indistinguishable keys score 2 x temperature x ln(N).
+
+    Raises:
+        ValueError: `temperature` is not positive.
+    """
+    _check_temperature(temperature)
+    with without_autocast(query_BD):
+        query_BD = F.normalize(full_precision(query_BD), dim=1)
+        key_ND = F.normalize(full_precision(key_ND.detach()), dim=1)
+        logits_BN = query_BD @ key_ND.to(query_BD.dtype).T / temperature
+        return 2 * temperature * F.cross_entropy(logits_BN, own_index_B)
+
+
+def masked_patch_loss(prediction_BNP: Tensor, target_BNP: Tensor, is_masked_BN: Tensor) -> Tensor:
+    """Mean squared error over the hidden patches only.
+
+    He et al. 2022 (arXiv 2111.06377), section 3: summed over the whole batch, then divided by the number of
+    hidden patches.
+
+    Args:
+        prediction_BNP: predicted patches; receives exactly zero gradient where a patch is visible.
+        target_BNP: patches to be predicted, in the same order of values.
+        is_masked_BN: True = hidden; at least one patch of the batch must be.
+
+    Returns:
+        Scalar; 1 for predictions of zero if targets were normalised per patch.
+    """
+    with without_autocast(prediction_BNP):
+        error_BNP = full_precision(prediction_BNP) - full_precision(target_BNP.detach())
+        is_masked_BN = is_masked_BN.to(error_BNP.dtype)
+        return (error_BNP.square().mean(dim=2) * is_masked_BN).sum() / is_masked_BN.sum()

@@ -1,0 +1,68 @@
+"""Images as rows of patches and back, in the two orders of values that exist.
+
+Targets of a reconstruction are (row, column, channel) inside a patch; the input of a patch embedding (a
+convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never works.
+Shape suffixes: B = images, C = channels, H, W = pixels, N = patches in row-major order, M = kept patches,
+P = values of a patch.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_ssl.modeling.shared.losses import full_precision
+
+
+def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
+    height, width = pixel_values_BCHW.shape[2:]
+    if height % patch_size or width % patch_size:
+        raise ValueError(f"image of {height} x {width} pixels is not a multiple of patch_size {patch_size}")
+    return pixel_values_BCHW.unflatten(3, (-1, patch_size)).unflatten(
+        2, (-1, patch_size)
+    )  # B C rows y columns x
+
+
+def patchify(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
+    """Reconstruction targets: patches (B, N, P) with inner order (row, column, channel).
+
+    Raises:
+        ValueError: height or width is not a multiple of `patch_size`.
+    """
+    return _split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`: images (B, C, H, W).
+
+    Args:
+        patches_BNP: patches with inner order (row, column, channel).
+        patch_size: side of a patch.
+        grid: (rows, columns) of patches.
+    """
+    patches = patches_BNP.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def normalize_patches(target_BNP: Tensor, eps: float = 1e-6) -> Tensor:
+    """Every patch to mean 0 and variance 1 over all its values jointly (unbiased variance, eps in the root)."""
+    target_BNP = full_precision(target_BNP)
+    variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=2, keepdim=True)
+    return (target_BNP - mean_BN1) / (variance_BN1 + eps).sqrt()
+
+
+def gather_pixel_patches(pixel_values_BCHW: Tensor, patch_size: int, kept_index_BM: Tensor) -> Tensor:
+    """Pixels of the kept patches (B, M, P) with inner order (channel, row, column), for the patch embedding.
+
+    Args:
+        pixel_values_BCHW: images.
+        patch_size: side of a patch.
+        kept_index_BM: row-major indices of the patches wanted, in the order wanted.
+
+    Raises:
+        ValueError: height or width is not a multiple of `patch_size`.
+    """
+    patches = _split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 1, 3, 5)
+    num_columns = patches.shape[2]
+    image_B1 = torch.arange(len(patches), device=patches.device)[:, None]
+    # Indexing the permuted view copies only what is kept.
+    kept = patches[image_B1, kept_index_BM // num_columns, kept_index_BM % num_columns]
+    return kept.flatten(2)

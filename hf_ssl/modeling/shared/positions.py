@@ -1,0 +1,87 @@
+"""Position embeddings of a grid of patches: fixed sine-cosine tables, and resizing of any table.
+
+Vaswani et al. 2017 in two dimensions; half of the width encodes the row, the other half the column. Published
+models disagree on which half comes first, and nothing but the values tells.
+Shape suffixes: N = tokens, D = width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_ssl.modeling.shared.names import unknown_name_message
+
+
+def sincos_positions(
+    width: int,
+    grid_rows: int,
+    grid_columns: int,
+    *,
+    first: str,
+    class_token: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Fixed table for patches in row-major order.
+
+    Args:
+        width: width of a token, a multiple of 4.
+        grid_rows: patches from top to bottom.
+        grid_columns: patches from left to right.
+        first: the coordinate in the first half of the width, "row" or "column".
+        class_token: put a row of zeros before the patches.
+        dtype: of the result; computed in float64.
+
+    Returns:
+        Table (1, N, width) on the CPU, N = rows x columns (+ 1). Each half is all sines, then all cosines.
+
+    Raises:
+        ValueError: `width` is not a multiple of 4, or `first` is neither "row" nor "column".
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, got {width}")
+    if first not in ("row", "column"):
+        raise ValueError(unknown_name_message("first coordinate", first, ["row", "column"]))
+    # The device is written out: models are built under `torch.device("meta")`.
+    rows = torch.arange(grid_rows, dtype=torch.float64, device="cpu").repeat_interleave(grid_columns)
+    columns = torch.arange(grid_columns, dtype=torch.float64, device="cpu").repeat(grid_rows)
+    coordinates = (rows, columns) if first == "row" else (columns, rows)
+    table_ND = torch.cat([_encode(coordinate_N, width // 2) for coordinate_N in coordinates], dim=1)
+    if class_token:
+        table_ND = torch.cat([torch.zeros(1, width, dtype=torch.float64, device="cpu"), table_ND])
+    return table_ND[None].to(dtype)
+
+
+def _encode(coordinate_N: Tensor, width: int) -> Tensor:
+    exponents = torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width // 2)
+    angles = coordinate_N[:, None] * 10000.0**-exponents
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def resize_positions(
+    table_1ND: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], has_class_token: bool
+) -> Tensor:
+    """Table for another grid, bicubic as `ViTModel` does it; the class token's row is untouched.
+
+    Args:
+        table_1ND: table whose patches are in row-major order.
+        old_grid: (rows, columns) of `table_1ND`.
+        new_grid: (rows, columns) of the result.
+        has_class_token: the first row belongs to the class token.
+
+    Returns:
+        Table (1, N', D); `table_1ND` itself if the grids are equal.
+
+    Raises:
+        ValueError: `table_1ND` does not have the rows of `old_grid`.
+    """
+    num_extra = int(has_class_token)
+    if table_1ND.shape[1] != old_grid[0] * old_grid[1] + num_extra:
+        raise ValueError(
+            f"position table has {table_1ND.shape[1]} rows, a grid of {old_grid[0]} x {old_grid[1]} "
+            f"{'with' if has_class_token else 'without'} class token needs {old_grid[0] * old_grid[1] + num_extra}"
+        )
+    if old_grid == new_grid:
+        return table_1ND
+    patches = table_1ND[:, num_extra:].unflatten(1, old_grid).permute(0, 3, 1, 2)
+    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat([table_1ND[:, :num_extra], patches.flatten(2).transpose(1, 2)], dim=1)

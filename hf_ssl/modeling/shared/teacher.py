@@ -1,0 +1,52 @@
+"""The momentum (EMA) teacher: how it follows the student, and the schedules of its momentum."""
+
+import math
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum x teacher + (1 - momentum) x student, for parameters; buffers stay the teacher's own.
+
+    Args:
+        teacher: module in float32 or float64.
+        student: module with (at least) all parameters of the teacher, by name.
+        momentum: share of the old teacher, in [0, 1].
+
+    Raises:
+        ValueError: `momentum` outside [0, 1], a teacher parameter that the student lacks, or a teacher in
+            half precision.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"teacher momentum must lie in [0, 1], got {momentum}")
+    student_parameters = dict(student.named_parameters())
+    targets, sources = [], []
+    for name, parameter in teacher.named_parameters():
+        if name not in student_parameters:
+            raise ValueError(f"teacher parameter {name} has no counterpart in the student")
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"teacher parameter {name} is {parameter.dtype}, in which small updates vanish; "
+                "keep the teacher in float32"
+            )
+        targets.append(parameter)
+        sources.append(student_parameters[name].to(parameter.dtype))
+    if targets:
+        torch._foreach_lerp_(targets, sources, 1 - momentum)
+
+
+def cosine_momentum(step: int, total_steps: int, base: float, final: float = 1.0) -> float:
+    """Momentum of a 0-based step on half a cosine from `base` (step 0) to `final` (step `total_steps`)."""
+    return final - (final - base) * 0.5 * (1 + math.cos(math.pi * _progress(step, total_steps)))
+
+
+def linear_momentum(step: int, total_steps: int, base: float, final: float = 1.0) -> float:
+    """Momentum of a 0-based step on a line from `base` (step 0) to `final` (step `total_steps`)."""
+    return base + (final - base) * _progress(step, total_steps)
+
+
+def _progress(step: int, total_steps: int) -> float:
+    # Clamped: a resumed run with fewer total steps must not push the momentum beyond its end value.
+    return min(step / total_steps, 1.0)
