@@ -62,7 +62,7 @@ def test_a_queue_built_on_the_meta_device_is_filled_by_its_reset():
         queue = NegativeQueue(8, 3)
     queue = queue.to_empty(device="cpu")
     queue.keys.fill_(float("nan"))
-    queue.reset_parameters()
+    queue.initialize_parameters()
     near(queue.keys.norm(dim=1), torch.ones(8), 1e-5)
     assert queue.position.item() == 0
 
@@ -71,7 +71,7 @@ def test_reset_leaves_loaded_buffers_alone():
     queue = NegativeQueue(8, 3)
     loaded = queue.keys.clone()
     queue.keys._is_hf_initialized = True  # the flag transformers sets on what came from a checkpoint
-    queue.reset_parameters()
+    queue.initialize_parameters()
     assert torch.equal(queue.keys, loaded)
 
 

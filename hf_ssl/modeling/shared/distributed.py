@@ -257,4 +257,7 @@ def _converted(norm: _BatchNorm, kind: str, num_splits: int) -> _BatchNorm:
     new.num_batches_tracked = norm.num_batches_tracked
     for name, child in norm.named_children():
         new.add_module(name, child)
+    if getattr(norm, "_is_hf_initialized", False):
+        # transformers must not start anew what its architecture has started (e.g. a zero scale).
+        new._is_hf_initialized = True
     return new.train(norm.training)

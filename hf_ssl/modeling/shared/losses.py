@@ -26,6 +26,12 @@ def without_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
+def normalize(embeddings_BD: Tensor) -> Tensor:
+    """Unit vectors along the last dimension, in at least float32."""
+    with without_autocast(embeddings_BD):
+        return F.normalize(full_precision(embeddings_BD), dim=-1)
+
+
 def _check_temperature(temperature: float) -> None:
     if temperature <= 0:
         raise ValueError(f"temperature must be > 0, got {temperature}")

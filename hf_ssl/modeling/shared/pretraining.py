@@ -123,7 +123,12 @@ class SSLForPreTraining(SSLPreTrainedModel):
     """
 
     student: nn.Module
-    teacher: nn.Module | None = None
+    teacher: nn.Module  # of methods that have one
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the method keeps a momentum copy of the student."""
+        return "teacher" in self._modules
 
     # The step protocol
 
@@ -187,7 +192,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
     def freeze_targets(self) -> None:
         """Freeze the teacher and what modules declare frozen."""
         super().freeze_targets()
-        if self.teacher is not None:
+        if self.has_teacher:
             self.teacher.requires_grad_(False)
 
     # Branches
@@ -198,15 +203,13 @@ class SSLForPreTraining(SSLPreTrainedModel):
         Args:
             source: "student" or "teacher".
         """
-        if self.teacher is None:
+        if not self.has_teacher:
             return
         target = "teacher" if source == "student" else "student"
         state = getattr(self, source).state_dict()
-        kept = {name: value for name, value in state.items() if name.split(".")[0] in self._shared_children()}
-        getattr(self, target).load_state_dict(kept, strict=False)
-
-    def _shared_children(self) -> set[str]:
-        return {name for name, _ in self.teacher.named_children()}  # type: ignore[union-attr]
+        # The student may have more than the teacher, e.g. a predictor; the teacher has nothing of its own.
+        shared = {name: state[name] for name in self.teacher.state_dict()}
+        getattr(self, target).load_state_dict(shared, strict=False)
 
     def finish_construction(self) -> None:
         """Initialise, start the teacher as the student, freeze; the last line of every `__init__`."""
@@ -241,26 +244,21 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     def _after_loading(self, info: dict[str, Any]) -> None:
         """Copy a branch that the checkpoint lacks from the one it has."""
-        missing = set(info["missing_keys"])
-        if self.teacher is None or not missing:
-            return
         for lacking, source in (("teacher", "student"), ("student", "teacher")):
-            wanted = {f"{lacking}.{name}" for name in self.teacher.state_dict()}
-            has_source = not any(key.startswith(f"{source}.backbone.") for key in missing)
-            if has_source and any(key in missing for key in wanted if ".backbone." in f".{key}"):
+            if self._lacks_backbone(lacking, info) and not self._lacks_backbone(source, info):
                 self.sync_branches(source)
                 logger.warning("the checkpoint has no %s; it starts as a copy of the %s", lacking, source)
 
+    def _lacks_backbone(self, branch: str, info: dict[str, Any]) -> bool:
+        return self.has_teacher and any(key.startswith(f"{branch}.backbone.") for key in info["missing_keys"])
+
     def _missing_after_sync(self, info: dict[str, Any]) -> set[str]:
+        """Missing tensors that no copy of a branch supplied."""
         missing = set(info["missing_keys"])
-        if self.teacher is None:
+        if not self.has_teacher:
             return missing
-        copied = set()
-        for name in self.teacher.state_dict():
-            pair = {f"student.{name}", f"teacher.{name}"}
-            if len(pair & missing) == 1:
-                copied |= pair & missing
-        return missing - copied
+        pairs = [{f"student.{name}", f"teacher.{name}"} for name in self.teacher.state_dict()]
+        return missing - {name for pair in pairs if len(pair & missing) == 1 for name in pair}
 
 
 class Branch(nn.Module):

@@ -24,9 +24,9 @@ class NegativeQueue(nn.Module):
         super().__init__()
         self.register_buffer("keys", torch.empty(length, width, dtype=torch.float32))
         self.register_buffer("position", torch.empty(1, dtype=torch.int64))
-        self.reset_parameters()
+        self.initialize_parameters()
 
-    def reset_parameters(self) -> None:
+    def initialize_parameters(self) -> None:
         """Fill with random unit vectors and start at row 0; tensors loaded from a checkpoint are left alone."""
         init.copy_(self.keys, F.normalize(torch.randn_like(self.keys), dim=1))
         init.zeros_(self.position)
