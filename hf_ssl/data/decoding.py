@@ -1,8 +1,9 @@
 """From whatever a dataset stores as an image to one uint8 RGB array.
 
-One policy for every decoder: transparent pixels lie over white, 16-bit values keep their high byte, EXIF orientation
-is not applied (the reference pipelines do not), of an animation the first frame counts.
-JPEG goes through torchvision (equal to Pillow in every pixel, and faster); all else, CMYK included, through Pillow.
+One policy for every decoder: transparent pixels lie over white, 16-bit values keep their high byte, EXIF
+orientation is not applied (the reference pipelines do not), of an animation the first frame counts.
+JPEG goes through torchvision (equal to Pillow in every pixel, and faster); all else, CMYK JPEG included,
+through Pillow.
 """
 
 import io
@@ -12,7 +13,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
+
+try:  # torchvision 0.29 announces that its decoders will be removed
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
 
 
 class BrokenImageError(ValueError):
@@ -23,8 +28,8 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
     """Decodes an image to RGB.
 
     Args:
-        data: an encoded file; a PIL image of any mode; an array (H, W) or (H, W, C), or a tensor (H, W) or (C, H, W),
-            of type uint8 or uint16 with C = 1, 3 or 4 (RGBA).
+        data: an encoded file; a PIL image of any mode; an array (H, W) or (H, W, C), or a tensor (H, W) or
+            (C, H, W), of type uint8 or uint16 with C = 1, 3 or 4 (RGBA).
 
     Returns:
         uint8 array (H, W, 3). It may share memory with `data`, and may be read-only.
@@ -47,7 +52,7 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
 
 
 def _decode_file(data: bytes) -> NDArray[np.uint8]:
-    if data[:3] == b"\xff\xd8\xff":
+    if data[:3] == b"\xff\xd8\xff" and decode_jpeg is not None:
         try:
             pixels_CHW = decode_jpeg(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
@@ -87,12 +92,12 @@ def _decode_pil(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _as_uint16(image: Image.Image) -> NDArray[np.uint16]:
-    """Pillow opens some 16-bit greyscale files as 32-bit integers; other 32-bit and all float images have no range."""
+    """Pillow opens some 16-bit grey files as 32-bit integers; others, and floats, have no known range."""
     values = np.asarray(image)
     if image.mode == "F" or values.min() < 0 or values.max() > 65535:
         raise BrokenImageError(
-            f"an image of mode {image.mode} with values from {values.min():g} to {values.max():g} has no defined white; "
-            "store it with 8 or 16 bits"
+            f"an image of mode {image.mode} with values from {values.min():g} to {values.max():g} has no "
+            "defined white; store it with 8 or 16 bits"
         )
     return values.astype(np.uint16)
 
@@ -104,10 +109,10 @@ def _decode_array(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.
         pixels = pixels[:, :, None]
     if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
         raise BrokenImageError(
-            f"an array laid out (height, width, channels) of shape {tuple(pixels.shape)}; give 1, 3 or 4 channels "
-            "(tensors have their channels first) and at least one pixel"
+            f"an array laid out (height, width, channels) of shape {tuple(pixels.shape)}; give 1, 3 or "
+            "4 channels (tensors have theirs first) and at least one pixel"
         )
-    pixels_HWC: NDArray[np.uint8] = (pixels >> 8).astype(np.uint8) if pixels.dtype == np.uint16 else pixels
+    pixels_HWC = (pixels >> 8 if pixels.dtype == np.uint16 else pixels).astype(np.uint8, copy=False)
     if pixels_HWC.shape[2] == 4:
         return _decode_pil(Image.fromarray(np.ascontiguousarray(pixels_HWC), "RGBA"))
     return pixels_HWC if pixels_HWC.shape[2] == 3 else np.repeat(pixels_HWC, 3, axis=2)

@@ -1,10 +1,10 @@
 """What views do to pixels: crop and resize, and the operations with their drawn value. Deterministic.
 
-Compared with torchvision's transforms on PIL images: flip, colour operations, grayscale and solarize are equal in
-every value, crop and resize within one level.
-The blur is the true Gaussian, truncated at 3 sigma, with reflected borders. SimCLR's own has as many taps as a tenth
-of the side and black borders; Pillow's `GaussianBlur` (MoCo, BYOL) is three box filters, up to 14 levels off the
-true Gaussian at strong edges.
+Compared with torchvision's transforms on PIL images: flip, colour operations, grayscale and solarize are
+equal in every value; crop and resize within one level (bicubic: two levels in about one value of 50,000).
+The blur is the true Gaussian, truncated at 3 sigma, with reflected borders. SimCLR's own is as wide as a
+tenth of the side and has black borders; Pillow's `GaussianBlur` (MoCo, BYOL) is three box filters, up to 14
+levels off the true Gaussian at strong edges.
 """
 
 import math
@@ -41,8 +41,8 @@ def crop_and_resize(
     cut_HWC = image_HWC[top : top + height, left : left + width].copy()
     if height == width == size:
         return cut_HWC
-    # The batch axis is added before the permutation: only then is the tensor channels-last in every stride, which
-    # torch's fast uint8 path requires.
+    # The batch axis is added before the permutation: only then is the tensor channels-last in every stride,
+    # which torch's fast uint8 path requires.
     cut_1CHW = torch.from_numpy(cut_HWC)[None].permute(0, 3, 1, 2)
     resized_1CHW = F.interpolate(cut_1CHW, size=(size, size), mode=interpolation, antialias=True)
     return np.ascontiguousarray(resized_1CHW[0].permute(1, 2, 0).numpy())
@@ -120,7 +120,7 @@ def blur(pixels_CHW: Tensor, sigma: float, radius: int | None = None) -> Tensor:
     Args:
         pixels_CHW: floating point, any range.
         sigma: standard deviation in pixels, > 0.
-        radius: taps on each side of the middle; None: 3 sigma, rounded up. Cut to the image's shorter side - 1.
+        radius: taps on each side of the middle; None: 3 sigma, rounded up. At most the shorter side - 1.
 
     Returns:
         New tensor of the same shape and type.

@@ -1,4 +1,4 @@
-"""Recipes of views: plain data (as in YAML or `preprocessor_config.json`), checked and completed with defaults.
+"""Recipes of views: plain data (as in YAML or `preprocessor_config.json`), checked, with defaults filled in.
 
 A recipe is a list of entries like this one; `count` views are drawn with each:
     {"count": 2, "kind": "global", "size": 224,
@@ -30,7 +30,7 @@ _LIMITS: dict[str, tuple[float, float]] = {
     "contrast": (0.0, math.inf),
     "saturation": (0.0, math.inf),
     "hue": (0.0, 0.5),  # in turns: half a turn either way reaches every hue
-    "threshold": (0, 256),  # 0 inverts every value, 256 none
+    "threshold": (0, 256),  # of uint8 values: 0 inverts all of them, 256 none
     "scale": (0.0, 1.0),
     "ratio": (0.0, math.inf),
     "sigma": (0.0, math.inf),
@@ -72,8 +72,8 @@ def parse_recipe(views: list[dict[str, Any]]) -> list[ViewSpec]:
         Specs in the order of the recipe.
 
     Raises:
-        ValueError: an unknown key or type (the message names the nearest known one), a missing or wrong value,
-            or two sizes for one kind (the views of one kind are stacked in one tensor).
+        ValueError: an unknown key or type (the message names the nearest known one), a missing or wrong
+            value, or two sizes for one kind (the views of one kind are stacked in one tensor).
     """
     if not isinstance(views, (list, tuple)) or not views:
         raise ValueError(f"views must be a list of at least one entry, got {views!r}")
@@ -124,7 +124,7 @@ def _parse_transform(transform: Any, where: str) -> TransformSpec:
     options = {
         name: _range(transform.get(name, default), name, where)
         if isinstance(default, tuple)
-        else _number(transform.get(name, default), name, where)
+        else _number(transform.get(name, default), name, where, whole=isinstance(default, int))
         for name, default in defaults.items()
     }
     return TransformSpec(kind, _number(transform.get("probability", 1.0), "probability", where), options)
@@ -165,10 +165,12 @@ def _integer(value: Any, where: str) -> int:
     return value
 
 
-def _number(value: Any, name: str, where: str) -> float:
+def _number(value: Any, name: str, where: str, whole: bool = False) -> float:
     low, high = _LIMITS[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"{where}.{name} must be a number from {low:g} to {high:g}, got {value!r}")
+    types = int if whole else (int, float)
+    if isinstance(value, bool) or not isinstance(value, types) or not low <= value <= high:
+        noun = "whole number" if whole else "number"
+        raise ValueError(f"{where}.{name} must be a {noun} from {low:g} to {high:g}, got {value!r}")
     return value
 
 

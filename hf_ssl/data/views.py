@@ -1,9 +1,9 @@
 """Views: random crops of one image with random changes of colour and sharpness, as a recipe says.
 
 The distribution is that of torchvision's RandomResizedCrop, ColorJitter (four operations in random order),
-RandomGrayscale and RandomSolarize; `view_recipe.py` has the format of recipes, `pixels.py` what is done to pixels.
+RandomGrayscale and RandomSolarize; `view_recipe.py` has the format of recipes, `pixels.py` what is done.
 An image is decoded once. All random numbers of its views come in one draw from one generator keyed by
-(seed, epoch, sample id): a view depends on neither worker nor order, and its parameters can be had without pixels.
+(seed, epoch, sample id): a view depends on neither worker nor order, and can be described without its pixels.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as tvF
+from torchvision.transforms.v2 import functional as tvF
 
 from hf_ssl.data.decoding import BrokenImageError, decode_image
 from hf_ssl.data.pixels import OPERATIONS, crop_and_resize
@@ -38,7 +38,7 @@ _CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
 _CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # area and ratio of each attempt, then the corner
 _JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _JITTER_ORDERS = tuple(itertools.permutations(range(4)))
-# Uniform numbers a transform takes: whether it happens, then its values; always all of them, happening or not.
+# Uniform numbers a transform takes, happening or not: whether it happens, then its values.
 _TRANSFORM_DRAWS = {
     "horizontal_flip": 1,
     "color_jitter": 6,
@@ -121,8 +121,11 @@ class ViewMaker:
     def draw(self, height: int, width: int, seed: tuple[int, int, int]) -> list[ViewParameters]:
         """Draws the parameters that `__call__` uses for an image of this size with this seed."""
         run_seed, epoch, sample_id = seed
-        # A fresh Philox is cheaper than a hashed seed; the counter's lowest word is left to count the draws.
-        generator = np.random.Generator(np.random.Philox(key=[run_seed, epoch], counter=[0, 0, sample_id, 0]))
+        # Philox keyed directly is cheaper than a hashed seed; the counter's lowest words count the draws.
+        key, counter = (
+            np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, 0))
+        )
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         uniforms = generator.random(self._draw_ends[-1]).tolist()
         starts = [0, *self._draw_ends]
         return [
@@ -192,7 +195,7 @@ def _draw_steps(transform: TransformSpec, uniforms: Sequence[float]) -> list[Ste
 
 
 def _draw_jitter(amounts: dict[str, float], uniforms: Sequence[float]) -> list[Step]:
-    """Factors are uniform in [max(0, 1 - amount), 1 + amount], the hue in [-amount, amount]; amount 0 is no step."""
+    """Factors lie in [max(0, 1 - amount), 1 + amount], the hue in [-amount, amount]; amount 0: no step."""
     steps = []
     for index in _JITTER_ORDERS[int(uniforms[4] * len(_JITTER_ORDERS))]:
         name = _JITTER_OPERATIONS[index]
@@ -206,13 +209,13 @@ def _draw_jitter(amounts: dict[str, float], uniforms: Sequence[float]) -> list[S
 def evaluation_view(
     image: EncodedImage, size: int, *, resize_size: int | None = None, interpolation: str = "bilinear"
 ) -> Tensor:
-    """The one view of an image at test time, equal to what transformers' image processors make before rescaling.
+    """The one view of an image at test time, as transformers' image processors make it before they rescale.
 
     Args:
         image: whatever `decode_image` takes.
         size: side of the result.
-        resize_size: the shorter side is first resized to this and a central square of `size` cut out (256 for 224
-            is usual); None: the whole image is resized to the square, whatever its shape.
+        resize_size: the shorter side is first resized to this and a central square of `size` cut out (256 for
+            224 is usual); None: the whole image is resized to the square, whatever its shape.
         interpolation: "bilinear" or "bicubic".
 
     Returns:
@@ -229,10 +232,11 @@ def evaluation_view(
     image_CHW = torch.from_numpy(np.ascontiguousarray(decode_image(image).transpose(2, 0, 1)))
     mode = InterpolationMode(interpolation)
     if resize_size is None:
-        return tvF.resize(image_CHW, [size, size], interpolation=mode, antialias=True)
+        square_CHW: Tensor = tvF.resize(image_CHW, [size, size], interpolation=mode, antialias=True)
+        return square_CHW
     height, width = image_CHW.shape[-2:]
     longer = int(resize_size * max(height, width) / min(height, width))
     shape = [resize_size, longer] if height <= width else [longer, resize_size]
-    resized_CHW = tvF.resize(image_CHW, shape, interpolation=mode, antialias=True)
+    resized_CHW: Tensor = tvF.resize(image_CHW, shape, interpolation=mode, antialias=True)
     top, left = (shape[0] - size) // 2, (shape[1] - size) // 2
     return resized_CHW[:, top : top + size, left : left + size].contiguous()
