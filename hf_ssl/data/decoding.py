@@ -1,0 +1,122 @@
+"""From whatever a dataset stores as an image to one uint8 RGB array.
+
+One policy for every decoder: transparent pixels lie over white, 16-bit values keep their high byte, EXIF
+orientation is not applied (the reference pipelines do not), of an animation the first frame counts.
+JPEG goes through torchvision (equal to Pillow in every pixel, and faster); all else, CMYK JPEG included,
+through Pillow.
+"""
+
+import io
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+try:  # torchvision 0.29 announces that its decoders will be removed
+    from torchvision.io import ImageReadMode, decode_jpeg
+except ImportError:
+    decode_jpeg = None
+
+
+class BrokenImageError(ValueError):
+    """An image that cannot be decoded; the message is one line and says why."""
+
+
+def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDArray[np.uint8]:
+    """Decodes an image to RGB.
+
+    Args:
+        data: an encoded file; a PIL image of any mode; an array (H, W) or (H, W, C), or a tensor (H, W) or
+            (C, H, W), of type uint8 or uint16 with C = 1, 3 or 4 (RGBA).
+
+    Returns:
+        uint8 array (H, W, 3). It may share memory with `data`, and may be read-only.
+
+    Raises:
+        BrokenImageError: the data are no image, are cut short, or have a type or shape not named above.
+    """
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return _decode_file(bytes(data))
+    if isinstance(data, Image.Image):
+        return _decode_pil(data)
+    if isinstance(data, Tensor):
+        pixels = data.detach().cpu().numpy()
+        return _decode_array(pixels if pixels.ndim == 2 else np.moveaxis(pixels, 0, -1))
+    if isinstance(data, np.ndarray):
+        return _decode_array(data)
+    raise BrokenImageError(
+        f"cannot decode {type(data).__name__}; give the bytes of a file, a PIL image, an array or a tensor"
+    )
+
+
+def _decode_file(data: bytes) -> NDArray[np.uint8]:
+    if data[:3] == b"\xff\xd8\xff" and decode_jpeg is not None:
+        try:
+            pixels_CHW = decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
+            )
+        except RuntimeError:  # Pillow decides, and words the error
+            pixels_CHW = None
+        if pixels_CHW is not None and len(pixels_CHW) in (1, 3):  # 4 = CMYK
+            return np.ascontiguousarray(pixels_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    if not data:
+        raise BrokenImageError("cannot decode an image of 0 bytes")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return _decode_pil(image)
+    except BrokenImageError:
+        raise
+    except (
+        Exception
+    ) as error:  # Pillow's plug-ins raise OSError, SyntaxError, ValueError, struct.error, zlib.error, ...
+        raise BrokenImageError(f"cannot decode {len(data)} bytes: {_one_line(error)}") from error
+
+
+def _decode_pil(image: Image.Image) -> NDArray[np.uint8]:
+    try:
+        image.load()
+        if image.mode in ("F", "I"):
+            return _decode_array(_as_uint16(image))
+        if image.mode.startswith("I;16"):
+            return _decode_array(np.asarray(image, dtype=np.uint16))
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    except BrokenImageError:
+        raise
+    except Exception as error:
+        raise BrokenImageError(f"cannot decode a {image.mode} image: {_one_line(error)}") from error
+
+
+def _as_uint16(image: Image.Image) -> NDArray[np.uint16]:
+    """Pillow opens some 16-bit grey files as 32-bit integers; others, and floats, have no known range."""
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise BrokenImageError(
+            f"an image of mode {image.mode} with values from {values.min():g} to {values.max():g} has no "
+            "defined white; store it with 8 or 16 bits"
+        )
+    return values.astype(np.uint16)
+
+
+def _decode_array(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.uint8]:
+    if pixels.dtype not in (np.uint8, np.uint16):
+        raise BrokenImageError(f"pixels of type {pixels.dtype}; give uint8 or uint16")
+    if pixels.ndim == 2:
+        pixels = pixels[:, :, None]
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3, 4) or pixels.size == 0:
+        raise BrokenImageError(
+            f"an array laid out (height, width, channels) of shape {tuple(pixels.shape)}; give 1, 3 or "
+            "4 channels (tensors have theirs first) and at least one pixel"
+        )
+    pixels_HWC = (pixels >> 8 if pixels.dtype == np.uint16 else pixels).astype(np.uint8, copy=False)
+    if pixels_HWC.shape[2] == 4:
+        return _decode_pil(Image.fromarray(np.ascontiguousarray(pixels_HWC), "RGBA"))
+    return pixels_HWC if pixels_HWC.shape[2] == 3 else np.repeat(pixels_HWC, 3, axis=2)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
