@@ -36,7 +36,9 @@ class FeatureSet:
         return FeatureSet(moved, None if self.labels is None else self.labels.to(device))
 
 
-def pool_tokens(outputs: Any, pool: str, num_prefix_tokens: int = 0, grid: tuple[int, int] | None = None) -> Tensor:
+def pool_tokens(
+    outputs: Any, pool: str, num_prefix_tokens: int = 0, grid: tuple[int, int] | None = None
+) -> Tensor:
     """One vector an image from the outputs of an encoder.
 
     Args:
@@ -74,7 +76,9 @@ def _as_map(hidden: Tensor, num_prefix_tokens: int, grid: tuple[int, int] | None
         return hidden
     patches_BND = hidden[:, num_prefix_tokens:]
     if grid is None or grid[0] * grid[1] != patches_BND.shape[1]:
-        raise ValueError(f'pool "grid2": {patches_BND.shape[1]} patches do not fill the grid {grid}; use "mean"')
+        raise ValueError(
+            f'pool "grid2": {patches_BND.shape[1]} patches do not fill the grid {grid}; use "mean"'
+        )
     return patches_BND.transpose(1, 2).unflatten(2, grid)
 
 
@@ -98,7 +102,9 @@ def default_pools(encoder: nn.Module, pixel_values: Tensor) -> tuple[str, ...]:
     return ("class_token", *pools) if num_prefix_tokens else pools
 
 
-def token_layout(encoder: nn.Module, outputs: Any, pixel_values: Tensor) -> tuple[int, tuple[int, int] | None]:
+def token_layout(
+    encoder: nn.Module, outputs: Any, pixel_values: Tensor
+) -> tuple[int, tuple[int, int] | None]:
     """Number of tokens before the patches, and rows and columns of the patches (None for maps)."""
     hidden = outputs.last_hidden_state
     if hidden.ndim == 4:
@@ -107,7 +113,9 @@ def token_layout(encoder: nn.Module, outputs: Any, pixel_values: Tensor) -> tupl
     grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
     num_prefix_tokens = hidden.shape[1] - grid[0] * grid[1]
     if num_prefix_tokens < 0:
-        raise ValueError(f"{hidden.shape[1]} tokens are fewer than the {grid[0]} x {grid[1]} patches of the image")
+        raise ValueError(
+            f"{hidden.shape[1]} tokens are fewer than the {grid[0]} x {grid[1]} patches of the image"
+        )
     return num_prefix_tokens, grid
 
 
@@ -118,7 +126,9 @@ def _patch_size(encoder: nn.Module) -> tuple[int, int]:
         size = getattr(owner, "patch_size", None)
         if size is not None:
             return (size, size) if isinstance(size, int) else (size[0], size[1])
-    raise ValueError(f"{type(encoder).__name__} tells no patch_size in its config; only the pool \"pooler\" is known")
+    raise ValueError(
+        f'{type(encoder).__name__} tells no patch_size in its config; only the pool "pooler" is known'
+    )
 
 
 @contextmanager
@@ -163,10 +173,14 @@ class FeatureExtractor:
     def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Features of one batch, `{pool: (B, width)}`, float32 on the CPU."""
         device = _device_of(self.encoder)
-        autocast = torch.autocast(device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None)
+        autocast = torch.autocast(
+            device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None
+        )
         with evaluating(self.encoder), autocast:
             outputs = _forward(self.encoder, pixel_values.to(device))
-        layout = token_layout(self.encoder, outputs, pixel_values) if set(self.pools) != {"pooler"} else (0, None)
+        layout = (
+            token_layout(self.encoder, outputs, pixel_values) if set(self.pools) != {"pooler"} else (0, None)
+        )
         # Means of tokens are taken outside autocast and in float32: h is read in full precision.
         pooled = {pool: pool_tokens(_Float32(outputs), pool, *layout) for pool in self.pools}
         return {pool: feature.cpu() for pool, feature in pooled.items()}

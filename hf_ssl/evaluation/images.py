@@ -70,7 +70,9 @@ def _rows(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str
         return iter(source.rows(limit=limit, start=start))
     if isinstance(source, Sequence):
         return islice(source, start, None if limit is None else start + limit)
-    raise TypeError(f"{type(source).__name__} is no image source; use hf_ssl.data.sources.open_images or a list of rows")
+    raise TypeError(
+        f"{type(source).__name__} is no image source; use hf_ssl.data.sources.open_images or a list of rows"
+    )
 
 
 def _decode(image: Any, row_id: int) -> Any:

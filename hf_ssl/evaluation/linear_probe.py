@@ -151,7 +151,9 @@ def _choose_and_fit(
 def _split(num_rows: int, held_out_share: float, seed: int) -> tuple[Tensor, Tensor]:
     num_held_out = round(num_rows * held_out_share)
     if not 0 < num_held_out < num_rows:
-        raise ValueError(f"held_out_share {held_out_share} of {num_rows} images leaves an empty part; give one value")
+        raise ValueError(
+            f"held_out_share {held_out_share} of {num_rows} images leaves an empty part; give one value"
+        )
     order = torch.randperm(num_rows, generator=torch.Generator().manual_seed(seed))
     return order[:num_held_out], order[num_held_out:]
 
@@ -188,7 +190,11 @@ def _solve(standard_ND: Tensor, labels_N: Tensor, strengths: Sequence[float], ma
     weight = standard_ND.new_zeros(len(strengths), features_ND1.shape[1], num_classes, requires_grad=True)
     strength_S11 = standard_ND.new_tensor(list(strengths))[:, None, None]
     optimizer = torch.optim.LBFGS(
-        [weight], max_iter=max_iterations, tolerance_grad=1e-5, tolerance_change=1e-9, line_search_fn="strong_wolfe"
+        [weight],
+        max_iter=max_iterations,
+        tolerance_grad=1e-5,
+        tolerance_change=1e-9,
+        line_search_fn="strong_wolfe",
     )
 
     def closure() -> Tensor:
@@ -204,7 +210,12 @@ def _solve(standard_ND: Tensor, labels_N: Tensor, strengths: Sequence[float], ma
 
 
 def _descend(
-    standard_ND: Tensor, labels_N: Tensor, learning_rates: Sequence[float], epochs: int, batch_size: int, seed: int
+    standard_ND: Tensor,
+    labels_N: Tensor,
+    learning_rates: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    seed: int,
 ) -> Tensor:
     """SGD of all rates at once; the running statistics of the BatchNorm are folded in afterwards."""
     num_rows, width = standard_ND.shape
@@ -214,7 +225,8 @@ def _descend(
     weights = [standard_ND.new_zeros(width + 1, num_classes, requires_grad=True) for _ in learning_rates]
     scale = batch_size / 256
     optimizer = torch.optim.SGD(
-        [{"params": [w], "lr": lr * scale} for w, lr in zip(weights, learning_rates, strict=True)], momentum=0.9
+        [{"params": [w], "lr": lr * scale} for w, lr in zip(weights, learning_rates, strict=True)],
+        momentum=0.9,
     )
     steps_per_epoch = num_rows // batch_size
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps_per_epoch)

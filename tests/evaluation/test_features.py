@@ -26,7 +26,12 @@ class SmallCNN(nn.Module):
 def vit():
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=16, patch_size=4
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=16,
+        patch_size=4,
     )
     return ViTModel(config, add_pooling_layer=False)
 
@@ -34,7 +39,9 @@ def vit():
 def tokens(num_prefix_tokens=1):
     """Prefix tokens of -1, then patches 0 to 15 of a 4 x 4 grid; width 2, the second value is ten times the first."""
     values = torch.cat([torch.full((num_prefix_tokens,), -1.0), torch.arange(16.0)])
-    return SimpleNamespace(last_hidden_state=torch.stack([values, 10 * values], dim=1)[None], pooler_output=None)
+    return SimpleNamespace(
+        last_hidden_state=torch.stack([values, 10 * values], dim=1)[None], pooler_output=None
+    )
 
 
 def test_class_token_is_the_first():
@@ -43,7 +50,9 @@ def test_class_token_is_the_first():
 
 @pytest.mark.parametrize("num_prefix_tokens", [0, 1, 5])
 def test_mean_leaves_out_the_prefix(num_prefix_tokens):
-    assert_close(pool_tokens(tokens(num_prefix_tokens), "mean", num_prefix_tokens), torch.tensor([[7.5, 75.0]]))
+    assert_close(
+        pool_tokens(tokens(num_prefix_tokens), "mean", num_prefix_tokens), torch.tensor([[7.5, 75.0]])
+    )
 
 
 def test_grid2_is_the_mean_of_each_quarter():
@@ -53,7 +62,9 @@ def test_grid2_is_the_mean_of_each_quarter():
 
 
 def test_pools_of_a_map_equal_pools_of_the_same_tokens():
-    map_outputs = SimpleNamespace(last_hidden_state=tokens(0).last_hidden_state.transpose(1, 2).unflatten(2, (4, 4)))
+    map_outputs = SimpleNamespace(
+        last_hidden_state=tokens(0).last_hidden_state.transpose(1, 2).unflatten(2, (4, 4))
+    )
     for pool in ("mean", "grid2"):
         assert_close(pool_tokens(map_outputs, pool), pool_tokens(tokens(0), pool, 0, (4, 4)))
 
@@ -88,7 +99,9 @@ def test_native_vit_gives_the_pools_of_its_tokens(vit):
 def test_timm_models_work(architecture):
     size = 64
     model_args = {"img_size": size} if architecture.startswith("vit") else {}
-    encoder = TimmWrapperModel(TimmWrapperConfig(architecture=architecture, model_args=model_args, num_labels=0))
+    encoder = TimmWrapperModel(
+        TimmWrapperConfig(architecture=architecture, model_args=model_args, num_labels=0)
+    )
     images = torch.randn(2, 3, size, size)
     pools = ("class_token", "mean", "grid2") if model_args else ("mean", "grid2", "pooler")
     features = extract_features(encoder, [images], pools)
@@ -142,9 +155,13 @@ def test_pre_training_model_is_refused_in_favour_of_its_encoder():
 
     class ForPreTraining(SmallCNN):
         def forward(self, pixel_values):
-            return SimpleNamespace(loss=torch.zeros(()), projection=self.head(super().forward(pixel_values).pooler_output))
+            return SimpleNamespace(
+                loss=torch.zeros(()), projection=self.head(super().forward(pixel_values).pooler_output)
+            )
 
-    with pytest.raises(ValueError, match="ForPreTraining returns no last_hidden_state; evaluate the encoder alone"):
+    with pytest.raises(
+        ValueError, match="ForPreTraining returns no last_hidden_state; evaluate the encoder alone"
+    ):
         extract_features(ForPreTraining(), [torch.randn(1, 3, 16, 16)])
 
 

@@ -89,7 +89,9 @@ def test_constant_dimension_does_not_decide_after_standardizing(clusters):
 
 
 def test_class_only_in_the_test_set_counts_as_wrong():
-    result = knn_accuracy(torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 7]), num_neighbors=1)
+    result = knn_accuracy(
+        torch.eye(2), torch.tensor([0, 1]), torch.eye(2), torch.tensor([0, 7]), num_neighbors=1
+    )
     assert result.top1 == 0.5
 
 

@@ -56,7 +56,9 @@ def test_scale_of_the_features_has_no_effect(fit):
     scale = torch.logspace(-4, 2, 16)
     plain, scaled = fit(features, labels), fit(features * scale, labels)
     assert scaled.chosen == plain.chosen
-    assert scaled.accuracy(features * scale, labels) == pytest.approx(plain.accuracy(features, labels), abs=0.006)
+    assert scaled.accuracy(features * scale, labels) == pytest.approx(
+        plain.accuracy(features, labels), abs=0.006
+    )
 
 
 @pytest.mark.parametrize("fit", [fit_linear_probe, fit_linear_probe_sgd])
