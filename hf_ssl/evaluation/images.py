@@ -1,0 +1,96 @@
+"""Batches of processed images from any source, in order, without augmentation."""
+
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# An `ImageSource` of hf_ssl.data, or simply a list of {"image": bytes or picture, "label": int} rows.
+Source = Any
+
+
+class ImageBatch(NamedTuple):
+    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and their row numbers in the source."""
+
+    pixel_values: Tensor
+    labels: Tensor | None
+    row_ids: list[int]
+
+
+def read_batches(
+    source: Source, processor: Any, batch_size: int = 256, limit: int | None = None, start: int = 0
+) -> Iterator[ImageBatch]:
+    """Processed images of a source, row by row in its order; `list(...)` of it keeps them for several uses.
+
+    Broken images are left out and named in the log.
+
+    Args:
+        source: an `ImageSource`, or a sequence of rows.
+        processor: an image processor of transformers.
+        batch_size: images a batch; the last one may be smaller.
+        limit: at most so many rows.
+        start: first row.
+
+    Raises:
+        ValueError: some rows have a label and some have none.
+    """
+    rows = enumerate(_rows(source, limit, start), start=start)
+    while chunk := list(islice(rows, batch_size)):
+        pictures, labels, row_ids = [], [], []
+        for row_id, row in chunk:
+            picture = _decode(row["image"], row_id)
+            if picture is not None:
+                pictures.append(picture)
+                labels.append(row.get("label"))
+                row_ids.append(row_id)
+        if pictures:
+            pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
+            yield ImageBatch(pixel_values, _label_tensor(labels, row_ids), row_ids)
+
+
+def source_name(source: Source) -> str:
+    """Name of a source for reports; a plain list has none of its own."""
+    return str(getattr(source, "name", None) or f"list of {len(source)} rows")
+
+
+def count_classes(source: Source, labels: Tensor) -> int:
+    """Number of classes: of the source's names where it has them, else one more than the highest label."""
+    names = getattr(source, "label_names", None)
+    return max(len(names) if names else 0, int(labels.max()) + 1)
+
+
+def _rows(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str, Any]]:
+    if hasattr(source, "rows"):
+        return iter(source.rows(limit=limit, start=start))
+    if isinstance(source, Sequence):
+        return islice(source, start, None if limit is None else start + limit)
+    raise TypeError(
+        f"{type(source).__name__} is no image source; use hf_ssl.data.sources.open_images or a list of rows"
+    )
+
+
+def _decode(image: Any, row_id: int) -> Any:
+    """RGB picture, or None (with a line in the log) if it cannot be read."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
+        return picture.convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        logger.warning("row %d left out: its image cannot be read (%s)", row_id, error)
+        return None
+
+
+def _label_tensor(labels: list[Any], row_ids: list[int]) -> Tensor | None:
+    missing = [row_id for row_id, label in zip(row_ids, labels, strict=True) if label is None]
+    if len(missing) == len(labels):
+        return None
+    if missing:
+        raise ValueError(f"row {missing[0]} has no label but others have; label all rows or none")
+    return torch.tensor(labels, dtype=torch.long)

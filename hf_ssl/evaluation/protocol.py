@@ -1,0 +1,236 @@
+"""The one protocol by which encoders are scored, always beside what they have to beat.
+
+Rows: raw pixels, pixels averaged to 8 x 8, the same encoder with random weights (or its weights at step 0),
+the encoder. Columns: kNN plain, centred and standardised, and a linear probe. All rows see the same images,
+processed alike, in one pass through the data. The test set chooses nothing.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_ssl.evaluation.baselines import PixelExtractor, random_encoder
+from hf_ssl.evaluation.checks import check_labels
+from hf_ssl.evaluation.features import FeatureExtractor, FeatureSet, collect_features, default_pools
+from hf_ssl.evaluation.images import ImageBatch, Source, read_batches, source_name
+from hf_ssl.evaluation.knn import knn_accuracy
+from hf_ssl.evaluation.linear_probe import fit_linear_probe, fit_linear_probe_sgd
+
+ENCODER, RANDOM, PIXELS = "encoder", "random init", "pixels"
+NUM_STATISTICS_IMAGES = 2048  # for BatchNorm statistics of the random network
+KNN_COLUMNS = ("knn", "knn_centered", "knn_standardized")
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """Accuracies of one kind of features, between 0 and 1."""
+
+    features: str
+    pool: str
+    width: int
+    knn: float
+    knn_centered: float
+    knn_standardized: float
+    linear: float | None
+    l2_strength: float | None = None
+
+    @property
+    def best_knn(self) -> float:
+        """The best of the three."""
+        return max(self.knn, self.knn_centered, self.knn_standardized)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """All rows of one evaluation and the settings they share."""
+
+    rows: list[ScoreRow]
+    protocol: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
+
+    def margins(self, pool: str) -> dict[str, float]:
+        """How far the encoder is above its highest floor, as shares; more than 0.03 at 2,000 test images counts.
+
+        Floors are all pixel rows and the random encoder with the same pool.
+        """
+        own = [row for row in self.rows if row.features == ENCODER and row.pool == pool]
+        if not own:
+            raise ValueError(
+                f"pool {pool!r} was not scored; scored are {sorted({row.pool for row in self.rows})}"
+            )
+        floors = [r for r in self.rows if r.features == PIXELS or (r.features == RANDOM and r.pool == pool)]
+        if not floors:
+            raise ValueError("there are no floors in these scores; evaluate with floors=True")
+        margins = {"knn": own[0].best_knn - max(row.best_knn for row in floors)}
+        if own[0].linear is not None:
+            margins["linear"] = own[0].linear - max(row.linear or 0.0 for row in floors)
+        return margins
+
+    def table(self) -> str:
+        """The rows as a table of percentages, readable as text and as Markdown."""
+        head = ["features", "pool", "width", "kNN", "kNN centred", "kNN standardised", "linear"]
+        body = [
+            [
+                r.features,
+                r.pool,
+                str(r.width),
+                *(_percent(getattr(r, name)) for name in (*KNN_COLUMNS, "linear")),
+            ]
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
+        lines = [head, ["-" * width for width in widths], *body]
+        return "\n".join(
+            "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines
+        )
+
+
+def evaluate_encoder(
+    encoder: nn.Module,
+    processor: Any,
+    train_source: Source,
+    test_source: Source,
+    pools: Sequence[str] | None = None,
+    *,
+    floors: bool = True,
+    initial_encoder: nn.Module | None = None,
+    num_neighbors: int = 20,
+    temperature: float = 0.07,
+    probe: str = "lbfgs",
+    batch_size: int = 256,
+    train_limit: int | None = None,
+    test_limit: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Scores:
+    """Scores an encoder and its floors by kNN and linear probe; the encoder is left as it was.
+
+    Args:
+        encoder: the frozen network.
+        processor: its image processor.
+        train_source: labelled images: bank of the kNN, training set of the probe. An `ImageSource`, a list of
+            rows, or a list of `ImageBatch` that `read_batches` made (to use them again and again).
+        test_source: labelled images that are scored, likewise.
+        pools: which features, see `pool_tokens`; by default those worth reporting for this kind of encoder.
+        floors: whether pixels and random weights are scored too.
+        initial_encoder: the network at step 0 of its own training; by default fresh weights are drawn.
+        num_neighbors: of the kNN.
+        temperature: of the kNN.
+        probe: "lbfgs", "sgd" (large training sets) or "none".
+        batch_size: images a forward.
+        train_limit: at most so many training images, the first ones.
+        test_limit: at most so many test images.
+        device: where encoder, kNN and probe run.
+        dtype: autocast type of the forwards.
+
+    Raises:
+        ValueError: no images, no labels, one class only, an unknown pool or probe.
+    """
+    train_batches = _batches(train_source, processor, batch_size, train_limit)
+    first = next(train_batches, None)
+    if first is None:
+        raise ValueError("the training source has no readable image; check its path, split and limit")
+    check_labels(first.labels, len(first.pixel_values), name="train labels")
+    pools = tuple(pools) if pools is not None else default_pools(encoder, first.pixel_values)
+    extractors: dict[str, Any] = {}
+    if floors:
+        if initial_encoder is None:
+            again = _batches(train_source, processor, batch_size, train_limit)
+            initial_encoder = random_encoder(encoder, _pixels(again, NUM_STATISTICS_IMAGES))
+        extractors = {
+            PIXELS: PixelExtractor.of(processor),
+            RANDOM: FeatureExtractor(initial_encoder, pools, device, dtype),
+        }
+    extractors[ENCODER] = FeatureExtractor(encoder, pools, device, dtype)
+    train = collect_features(extractors, _chain(first, train_batches))
+    test = collect_features(extractors, _batches(test_source, processor, batch_size, test_limit))
+    rows = score_features(
+        train, test, num_neighbors=num_neighbors, temperature=temperature, probe=probe, device=device
+    )
+    protocol = {
+        "train": _name(train_source),
+        "test": _name(test_source),
+        "train_images": len(train.labels) if train.labels is not None else 0,
+        "test_images": len(test.labels) if test.labels is not None else 0,
+        "num_neighbors": num_neighbors,
+        "temperature": temperature,
+        "probe": probe,
+    }
+    return Scores(rows, protocol)
+
+
+def score_features(
+    train: FeatureSet,
+    test: FeatureSet,
+    *,
+    num_neighbors: int = 20,
+    temperature: float = 0.07,
+    probe: str = "lbfgs",
+    device: torch.device | str | None = None,
+) -> list[ScoreRow]:
+    """One row for each features of `train`, in its order; names are "features pool" with the pool as last word."""
+    fits = {"lbfgs": fit_linear_probe, "sgd": fit_linear_probe_sgd, "none": None}
+    if probe not in fits:
+        raise ValueError(f"probe {probe!r} is unknown; use one of {', '.join(fits)}")
+    rows = []
+    for name in train.features:
+        bank, bank_labels, query, query_labels = (
+            None if tensor is None else tensor.to(device or tensor.device)
+            for tensor in (train.features[name], train.labels, test.features[name], test.labels)
+        )
+        assert bank is not None and query is not None
+        knn = [
+            knn_accuracy(
+                bank,
+                bank_labels,
+                query,
+                query_labels,
+                num_neighbors=num_neighbors,
+                temperature=temperature,
+                **how,
+            ).top1
+            for how in ({}, {"center": True}, {"standardize": True})
+        ]
+        fit = fits[probe]
+        fitted = fit(bank, bank_labels) if fit else None
+        linear = fitted.accuracy(query, query_labels) if fitted else None
+        features, _, pool = name.rpartition(" ")
+        chosen = fitted.chosen if fitted else None
+        rows.append(ScoreRow(features or ENCODER, pool, bank.shape[1], *knn, linear, chosen))
+    return rows
+
+
+def _batches(source: Source, processor: Any, batch_size: int, limit: int | None) -> Iterator[ImageBatch]:
+    if isinstance(source, list) and source and isinstance(source[0], ImageBatch):
+        return iter(source)
+    return read_batches(source, processor, batch_size, limit)
+
+
+def _name(source: Source) -> str:
+    if isinstance(source, list) and source and isinstance(source[0], ImageBatch):
+        return f"{sum(len(batch.row_ids) for batch in source)} images in memory"
+    return source_name(source)
+
+
+def _pixels(batches: Iterable[ImageBatch], num_images: int) -> Iterator[Tensor]:
+    seen = 0
+    for batch in batches:
+        if seen >= num_images:
+            return
+        seen += len(batch.row_ids)
+        yield batch.pixel_values
+
+
+def _chain(first: ImageBatch, rest: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
+    yield first
+    yield from rest
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
