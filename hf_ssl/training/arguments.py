@@ -4,6 +4,9 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from hf_ssl.training.optimizers import OPTIMIZERS
+from hf_ssl.training.schedules import LEARNING_RATE_SCHEDULES, scaled_learning_rate
+
 
 @dataclass
 class SSLTrainingArguments(TrainingArguments):
@@ -32,9 +35,9 @@ class SSLTrainingArguments(TrainingArguments):
         metadata={"help": "cosine (per step), cosine_per_epoch, multistep_per_epoch or constant."},
     )
     learning_rate_end: float = field(default=0.0, metadata={"help": "Final share of the learning rate (cosine)."})
-    learning_rate_milestones: list[float] = field(
-        default_factory=lambda: [0.6, 0.8],
-        metadata={"help": "Shares of training after which multistep_per_epoch divides the rate by 10."},
+    learning_rate_milestones: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Epochs at which multistep_per_epoch divides the rate by 10."},
     )
     warmup_epochs: float | None = field(default=None, metadata={"help": "Linear warm-up; overrides warmup_steps."})
     optimizer: str = field(default="adamw", metadata={"help": "adamw, sgd or lars; replaces `optim`."})
@@ -68,8 +71,8 @@ class SSLTrainingArguments(TrainingArguments):
         super().__post_init__()
         choices = {
             "clip_mode": ("global", "per_tensor"),
-            "optimizer": ("adamw", "sgd", "lars"),
-            "learning_rate_schedule": ("cosine", "cosine_per_epoch", "multistep_per_epoch", "constant"),
+            "optimizer": tuple(OPTIMIZERS),
+            "learning_rate_schedule": tuple(LEARNING_RATE_SCHEDULES),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -99,6 +102,9 @@ class SSLTrainingArguments(TrainingArguments):
 
     def _set_learning_rate(self) -> None:
         if self.base_learning_rate is not None:
-            ratio = (self.global_batch_size or 1) / self.learning_rate_reference_batch
-            self.learning_rate = self.base_learning_rate * ratio**self.learning_rate_power
-
+            self.learning_rate = scaled_learning_rate(
+                self.base_learning_rate,
+                int(self.global_batch_size or 1),
+                self.learning_rate_reference_batch,
+                self.learning_rate_power,
+            )

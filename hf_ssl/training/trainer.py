@@ -9,6 +9,7 @@ The order of one optimizer step stands here and nowhere else:
     end_step            teacher, queue, centre                                   (on_optimizer_step)
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -30,7 +31,7 @@ from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.optimizers import build_optimizer
-from hf_ssl.training.schedules import learning_rate_factor, weight_decay_at
+from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,8 @@ class SSLTrainer(Trainer):
         train_dataset: an `ImageSource` (from `hf_ssl.data.open_images`), or several.
         processing_class: the method's image processor; its `views` are the training augmentations.
         weights: sampling weights of several sources; None weighs by size.
-        probe: called with the model at every evaluation, returns named scores (see `hf_ssl.training.probes`).
+        probe: called with the model at every evaluation, returns named scores (see `hf_ssl.training.probes`);
+            `floors`, set by whoever has measured them, are logged beside.
         **kwargs: as in transformers.
 
     Raises:
@@ -107,6 +109,7 @@ class SSLTrainer(Trainer):
         self.weights = weights
         self.view_maker = ViewMaker(processing_class.views)
         self.probe = probe
+        self.floors: dict[str, float] = {}
         self._resume_step = 0
         self._step_batches: list[dict[str, Tensor]] = []
         self._updates: list[dict[str, Tensor]] = []
@@ -249,7 +252,7 @@ class SSLTrainer(Trainer):
                 groups,
                 learning_rate=self.args.learning_rate,
                 betas=(self.args.adam_beta1, self.args.adam_beta2),
-                eps=self.args.adam_epsilon,
+                epsilon=self.args.adam_epsilon,
                 momentum=self.args.optimizer_momentum,
                 trust_coefficient=self.args.lars_trust_coefficient,
                 lars_variant=self.args.lars_variant,
@@ -259,14 +262,15 @@ class SSLTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """The recipe's learning-rate schedule, in optimizer steps."""
         if self.lr_scheduler is None:
-            factor = learning_rate_factor(
-                self.args.learning_rate_schedule,
+            schedule = learning_rate_schedule(self.args.learning_rate_schedule)
+            span = ScheduleSpan(
                 total_steps=num_training_steps,
                 warmup_steps=self.args.get_warmup_steps(num_training_steps),
                 steps_per_epoch=self._steps_per_epoch_or_total(num_training_steps),
-                end=self.args.learning_rate_end,
-                milestones=self.args.learning_rate_milestones,
+                final_factor=self.args.learning_rate_end,
+                milestones=tuple(self.args.learning_rate_milestones),
             )
+            factor = functools.partial(schedule, span=span)
             self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -278,7 +282,7 @@ class SSLTrainer(Trainer):
     def _set_weight_decay(self, step: int) -> None:
         if self.args.weight_decay_end is None:
             return
-        value = weight_decay_at(step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end)
+        value = cosine_weight_decay(step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end)
         for group in self.optimizer.param_groups:
             if group["weight_decay"] != 0:
                 group["weight_decay"] = value
@@ -295,7 +299,8 @@ class SSLTrainer(Trainer):
         if self.probe is None:
             return {}
         was_training = self.model.training
-        scores = {f"{metric_key_prefix}_{name}": value for name, value in self.probe(self.model).items()}
+        named = self.probe(self.model) | self.floors
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.model.train(was_training)
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)

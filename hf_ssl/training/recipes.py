@@ -1,0 +1,288 @@
+"""Recipes: one YAML file holds a method's model, data and training arguments.
+
+Every key can be overridden by its plain name (`temperature=0.5`, `hidden_size=192`, `max_steps=100`); where it
+belongs is found by looking it up in the method's config, its backbone's config, `DataArguments` and
+`SSLTrainingArguments`, in this order. Unknown keys are refused with the nearest known name.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.configuration import BACKBONE_CONFIGS, SSLConfig, resolve_backbone_config
+from hf_ssl.modeling.shared.names import unknown_name_message
+from hf_ssl.training.arguments import SSLTrainingArguments
+
+RECIPES_DIR = Path(__file__).parent / "recipes"
+SECTIONS = ("method", "model", "data", "training", "processor")
+AUTO_BF16 = "auto"
+
+
+class RecipeError(ValueError):
+    """A recipe or an override that cannot be used; the message is one line."""
+
+
+@dataclass
+class DataArguments:
+    """Where images come from, and the labelled images that probes use.
+
+    Attributes:
+        dataset: Hub name, local folder of images, parquet or tar files, or "sample"; a list mixes several.
+        config_name: configuration of a Hub dataset; of the sample: a design.
+        split: split to train on.
+        image_column: column of the images; None finds it by its type.
+        weights: sampling weights of several datasets; None weighs by size.
+        streaming: read while training instead of downloading first.
+        probe_dataset: labelled images for the online probe; None: the training dataset, if it has labels.
+        probe_config_names: configurations of the probe's bank and queries, where they differ.
+        probe_splits: splits of the probe's bank and queries.
+        probe_label_column: column of the labels; None finds it by its type.
+        probe_pools: features that are probed; the first one decides which checkpoint is best.
+        probe_num_neighbors: neighbours of the kNN.
+        probe_linear: also fit a linear probe.
+        probe_limit: at most so many images of each split.
+    """
+
+    dataset: str | list[str] = "sample"
+    config_name: str | None = None
+    split: str | None = None
+    image_column: str | None = None
+    weights: list[float] | None = None
+    streaming: bool = True
+    probe_dataset: str | None = None
+    probe_config_names: list[str] | None = None
+    probe_splits: list[str] | None = None
+    probe_label_column: str | None = None
+    probe_pools: list[str] | None = None
+    probe_num_neighbors: int = 20
+    probe_linear: bool = True
+    probe_limit: int = 2000
+
+
+@dataclass
+class Recipe:
+    """A resolved recipe.
+
+    Attributes:
+        name: file name without ending.
+        method: name in `METHODS`.
+        model: fields of the method's config, with `backbone_config`.
+        data: see `DataArguments`.
+        training: fields of `SSLTrainingArguments`.
+        processor: fields of the image processor, e.g. `views` or `image_mean`.
+    """
+
+    name: str
+    method: str
+    model: dict[str, Any] = field(default_factory=dict)
+    data: DataArguments = field(default_factory=DataArguments)
+    training: dict[str, Any] = field(default_factory=dict)
+    processor: dict[str, Any] = field(default_factory=dict)
+
+    def config(self) -> SSLConfig:
+        """The method's config.
+
+        Raises:
+            RecipeError: a field is unknown, of the wrong type or out of range.
+        """
+        try:
+            return METHODS[self.method].config_class(**self.model)  # type: ignore[no-any-return]
+        except Exception as error:
+            raise RecipeError(_innermost_message(error)) from error
+
+    def to_yaml(self) -> str:
+        """The recipe as a file that `load_recipe` reads."""
+        content = {"method": self.method, "model": self.model, "data": asdict(self.data)}
+        content |= {"training": self.training, "processor": self.processor}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def save(self, path: Path) -> None:
+        """Write it."""
+        path.write_text(f"# {self.name}: all values as this run used them\n{self.to_yaml()}", encoding="utf-8")
+
+
+def recipe_names() -> list[str]:
+    """Recipes that come with the package."""
+    return sorted(path.stem for path in RECIPES_DIR.glob("*.yaml"))
+
+
+def load_recipe(name_or_path: str) -> Recipe:
+    """Read a recipe file, or one of the package by name.
+
+    Raises:
+        RecipeError: there is no such recipe, or it holds unknown sections, methods or keys.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = RECIPES_DIR / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise RecipeError(unknown_name_message("recipe", name_or_path, recipe_names()))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict) or "method" not in content:
+        raise RecipeError(f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[1:])}")
+    for section in content:
+        if section not in SECTIONS:
+            raise RecipeError(unknown_name_message(f"section of {path.name}", section, SECTIONS))
+    check_method(content["method"])
+    return _build(path.stem, content)
+
+
+def _build(name: str, content: dict[str, Any]) -> Recipe:
+    data = {key: parse_value(value) for key, value in (content.get("data") or {}).items()}
+    training = {key: parse_value(value) for key, value in (content.get("training") or {}).items()}
+    _check_keys("data", data, _field_names(DataArguments))
+    _check_keys("training", training, _field_names(SSLTrainingArguments))
+    return Recipe(
+        name,
+        content["method"],
+        model=_parse_tree(content.get("model") or {}),
+        data=DataArguments(**data),
+        training=training,
+        processor=_parse_tree(content.get("processor") or {}),
+    )
+
+
+def check_method(name: str) -> None:
+    """Raise RecipeError, with the nearest name, unless the method exists."""
+    if name not in METHODS:
+        raise RecipeError(unknown_name_message("method", name, METHODS))
+
+
+def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
+    """Change keys of a recipe by their plain names.
+
+    Args:
+        recipe: left as it is.
+        values: new values; texts are read as YAML values, as they come from a command line.
+
+    Raises:
+        RecipeError: a key that nothing knows.
+    """
+    changed = _build(recipe.name, yaml.safe_load(recipe.to_yaml()))
+    values = {key: parse_value(value) for key, value in values.items()}
+    backbone = dict(changed.model.get("backbone_config") or _default_backbone(recipe.method))
+    if "model_type" in values:
+        backbone = {"model_type": values.pop("model_type")}
+    config_keys = _own_fields(METHODS[recipe.method].config_class)
+    backbone_keys = _own_fields(type(_backbone_config(backbone)))
+    data_keys, training_keys = _field_names(DataArguments), _field_names(SSLTrainingArguments)
+    processor_keys = {"views", "image_mean", "image_std"}
+    for key, value in values.items():
+        if key in config_keys:
+            changed.model[key] = value
+        elif key in backbone_keys:
+            backbone[key] = value
+        elif key in data_keys:
+            setattr(changed.data, key, value)
+        elif key in training_keys:
+            changed.training[key] = value
+        elif key in processor_keys:
+            changed.processor[key] = value
+        else:
+            known = config_keys | backbone_keys | data_keys | training_keys | processor_keys | {"model_type"}
+            raise RecipeError(nearest_key_message(key, known))
+    changed.model["backbone_config"] = backbone
+    return changed
+
+
+def nearest_key_message(key: str, known: set[str]) -> str:
+    """One line for an unknown key: the list of all known ones is too long to print."""
+    return unknown_name_message("key", key, known).split(" (known:")[0] + "; `hf-ssl methods NAME` lists all keys"
+
+
+def known_keys(method: str) -> dict[str, set[str]]:
+    """Keys of a method's recipes by section."""
+    backbone = _backbone_config(_default_backbone(method))
+    return {
+        "model": _own_fields(METHODS[method].config_class),
+        "backbone": _own_fields(type(backbone)),
+        "data": _field_names(DataArguments),
+        "training": _field_names(SSLTrainingArguments),
+    }
+
+
+def training_arguments(recipe: Recipe, output_dir: str) -> SSLTrainingArguments:
+    """Build the arguments; `bf16: auto` is decided by the machine.
+
+    Raises:
+        RecipeError: an argument of the wrong type or value.
+    """
+    values = dict(recipe.training)
+    if values.get("bf16") == AUTO_BF16:
+        values["bf16"] = has_fast_bf16()
+    try:
+        return SSLTrainingArguments(output_dir=output_dir, **values)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(_innermost_message(error)) from error
+
+
+def has_fast_bf16() -> bool:
+    """Whether bf16 is faster than fp32 here: a GPU of compute capability 8, or a CPU with bf16 instructions."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
+
+
+def parse_value(value: Any) -> Any:
+    """A value from a command line or YAML; YAML 1.1 reads `1e-4` as text, here it is a number."""
+    if not isinstance(value, str):
+        return value
+    parsed = yaml.safe_load(value) if value.strip() else value
+    if isinstance(parsed, str):
+        try:
+            return float(parsed)
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def _parse_tree(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _parse_tree(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_parse_tree(inner) for inner in value]
+    return parse_value(value)
+
+
+def _check_keys(section: str, values: dict[str, Any], known: set[str]) -> None:
+    for key in values:
+        if key not in known:
+            raise RecipeError(nearest_key_message(key, known).replace("key", f"key in {section}:", 1))
+
+
+def _field_names(dataclass_type: type) -> set[str]:
+    return {item.name for item in fields(dataclass_type)}
+
+
+def _own_fields(config_class: type) -> set[str]:
+    """Fields declared by our classes, not the ones every transformers config has."""
+    ours = [base for base in config_class.__mro__ if base.__module__.startswith("hf_ssl.")]
+    return {name for base in ours for name in base.__dict__.get("__annotations__", {})}
+
+
+def _default_backbone(method: str) -> dict[str, Any]:
+    return dict(METHODS[method].config_class.default_backbone)
+
+
+def _backbone_config(backbone: dict[str, Any]) -> Any:
+    """The backbone's config class by its type alone; values are checked when the model is built."""
+    model_type = backbone.get("model_type", "hf_ssl_vit")
+    if model_type not in BACKBONE_CONFIGS:
+        raise RecipeError(unknown_name_message("model_type", str(model_type), BACKBONE_CONFIGS))
+    return resolve_backbone_config({"model_type": model_type})
+
+
+def _innermost_message(error: BaseException) -> str:
+    """The sentence that says what is wrong; strict dataclasses wrap it in their own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
