@@ -83,10 +83,12 @@ def collect(packages: dict[str, EmojiPackage]) -> list[dict[str, Any]]:
 
 def write_splits(emoji: list[dict[str, Any]], output_dir: Path) -> None:
     """Write train.parquet and test.parquet with the `datasets` feature schema in their metadata."""
-    from datasets import ClassLabel, Dataset, Features, Image as ImageFeature, Value
+    from datasets import ClassLabel, Dataset, Features, Value
+    from datasets import Image as ImageFeature
 
     names = {
-        key: sorted({item["entry"][key] for item in emoji}) for key in ("short_name", "category", "subcategory")
+        key: sorted({item["entry"][key] for item in emoji})
+        for key in ("short_name", "category", "subcategory")
     }
     features = Features(
         {
@@ -121,7 +123,9 @@ def write_splits(emoji: list[dict[str, Any]], output_dir: Path) -> None:
 
 def main() -> None:
     """Read the two packages named on the command line and write the sample."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("google", type=Path, help="emoji-datasource-google-16.0.0.tgz")
     parser.add_argument("twitter", type=Path, help="emoji-datasource-twitter-16.0.0.tgz")
     parser.add_argument("--output_dir", type=Path, default=OUTPUT_DIR)

@@ -1,11 +1,11 @@
 """The built-in sample: 1,876 emoji, each drawn in two designs, for demos and tests without a download.
 
-The pictures are Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0), 64 pixels square on white; `sample/NOTICE.md`
-names authors, licences and changes. `scripts/build_sample.py` rebuilds the files.
+The pictures are Noto Emoji (Apache-2.0) and Twemoji (CC-BY 4.0), 64 pixels square on white;
+`sample/NOTICE.md` names authors, licences and changes. `scripts/build_sample.py` rebuilds the files.
 
-The task it is made for: find the same emoji in the other design. The designs differ in shape, line and colour,
-and the emoji of the test split are in the train split in neither design, so that a right answer is recognised,
-not remembered.
+The task it is made for: find the same emoji in the other design. The designs differ in shape, line and
+colour, and the emoji of the test split are in the train split in neither design, so that a right answer is
+recognised, not remembered.
 """
 
 from __future__ import annotations
