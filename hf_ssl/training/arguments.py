@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 
 from hf_ssl.training.optimizers import OPTIMIZERS
@@ -68,6 +69,8 @@ class SSLTrainingArguments(TrainingArguments):
     lr_scheduler_type: str = field(default="constant", metadata={"help": "Unused; see learning_rate_schedule."})
 
     def __post_init__(self) -> None:
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # transformers refuses bf16 on a CPU unless told
         super().__post_init__()
         choices = {
             "clip_mode": ("global", "per_tensor"),

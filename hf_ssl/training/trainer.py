@@ -129,7 +129,12 @@ class SSLTrainer(Trainer):
         if args.warmup_epochs is not None:
             args.warmup_steps = round(args.warmup_epochs * self._steps_per_epoch(args))
         super().__init__(
-            model=model, args=args, train_dataset=_Unsized(), processing_class=processing_class, **kwargs
+            model=model,
+            args=args,
+            train_dataset=_Unsized(),
+            eval_dataset=_Unsized(),
+            processing_class=processing_class,
+            **kwargs,
         )
         self._choose_attention()
         self.add_callback(_StepProtocol(self))
@@ -348,3 +353,6 @@ class SSLTrainer(Trainer):
 
 class _Unsized(torch.utils.data.IterableDataset[Any]):
     """Stands for the data in Trainer's own checks; the loader reads the sources themselves."""
+
+    def __iter__(self) -> Iterator[Any]:
+        raise TypeError("SSLTrainer reads its sources through its loader")
