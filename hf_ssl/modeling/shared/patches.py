@@ -1,7 +1,8 @@
 """Images as rows of patches and back, in the two orders of values that exist.
 
 Targets of a reconstruction are (row, column, channel) inside a patch; the input of a patch embedding (a
-convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never works.
+convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never
+works.
 Shape suffixes: B = images, C = channels, H, W = pixels, N = patches in row-major order, M = kept patches,
 P = values of a patch.
 """
@@ -43,7 +44,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
 
 
 def normalize_patches(target_BNP: Tensor, eps: float = 1e-6) -> Tensor:
-    """Every patch to mean 0 and variance 1 over all its values jointly (unbiased variance, eps in the root)."""
+    """Every patch to mean 0, variance 1 over all its values jointly (unbiased variance, eps in the root)."""
     target_BNP = full_precision(target_BNP)
     variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=2, keepdim=True)
     return (target_BNP - mean_BN1) / (variance_BN1 + eps).sqrt()

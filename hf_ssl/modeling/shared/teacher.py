@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum x teacher + (1 - momentum) x student, for parameters; buffers stay the teacher's own.
+    """teacher <- momentum x teacher + (1 - momentum) x student, for parameters; buffers are not touched.
 
     Args:
         teacher: module in float32 or float64.
