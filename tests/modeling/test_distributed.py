@@ -297,3 +297,8 @@ def test_unknown_norm_kind_and_impossible_splits_are_refused():
         convert_batchnorm(nn.Identity(), "syncronized")
     with pytest.raises(ValueError, match="num_splits must be at least 1, got 0"):
         convert_batchnorm(nn.Identity(), "split", 0)
+
+
+def test_a_norm_without_running_statistics_is_refused():
+    with pytest.raises(ValueError, match="without running statistics"):
+        convert_batchnorm(nn.BatchNorm1d(3, track_running_stats=False))

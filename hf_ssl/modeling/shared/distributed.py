@@ -135,6 +135,10 @@ class SynchronizedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
     It is also a `BatchNorm2d`: weight initialisation recognises norms by that type.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def forward(self, x: Tensor) -> Tensor:
         if world_size() == 1 or not self.training:
             x = nn.BatchNorm2d.forward(self, x)
@@ -159,11 +163,10 @@ class SynchronizedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
             normalized = normalized * self.weight.view(shape)
         if self.bias is not None:
             normalized = normalized + self.bias.view(shape)
-        return normalized.to(x.dtype)
+        result: Tensor = normalized.to(x.dtype)
+        return result
 
     def _track(self, mean_C: Tensor, unbiased_variance_C: Tensor) -> None:
-        if self.running_mean is None:
-            return
         share = _count_batch(self)
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased_variance_C.to(self.running_var.dtype), share)
@@ -179,6 +182,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
     """
 
     num_splits: int = 1
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
@@ -208,7 +214,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return normalized.reshape(x.shape)
 
 
-def _count_batch(norm: _BatchNorm) -> float:
+def _count_batch(norm: SynchronizedBatchNorm | SplitBatchNorm) -> float:
     """Count one batch; the share it gets in the running statistics (without momentum: a plain mean)."""
     norm.num_batches_tracked.add_(1)
     return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
@@ -233,7 +239,7 @@ def convert_batchnorm(module: nn.Module, kind: str = "synchronized", num_splits:
         `module`, or its replacement if it is itself a BatchNorm.
 
     Raises:
-        ValueError: unknown `kind`, or `num_splits` below 1.
+        ValueError: unknown `kind`, `num_splits` below 1, or a BatchNorm without running statistics.
     """
     if kind not in ("synchronized", "split"):
         raise ValueError(unknown_name_message("BatchNorm kind", kind, ["synchronized", "split"]))
@@ -247,6 +253,10 @@ def convert_batchnorm(module: nn.Module, kind: str = "synchronized", num_splits:
 
 
 def _converted(norm: _BatchNorm, kind: str, num_splits: int) -> _BatchNorm:
+    if norm.running_mean is None:
+        raise ValueError(
+            "BatchNorm without running statistics cannot be converted; track_running_stats is off"
+        )
     make: type[_BatchNorm] = SynchronizedBatchNorm if kind == "synchronized" else SplitBatchNorm
     new = make(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     if isinstance(new, SplitBatchNorm):

@@ -114,7 +114,8 @@ def queue_contrastive_loss(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, t
     with without_autocast(query_BD):
         query_BD = full_precision(query_BD)
         key_BD, queue_KD = key_BD.detach().to(query_BD.dtype), queue_KD.detach().to(query_BD.dtype)
-        return _QueueContrastiveLoss.apply(query_BD, key_BD, queue_KD, temperature)
+        loss: Tensor = _QueueContrastiveLoss.apply(query_BD, key_BD, queue_KD, temperature)
+        return loss
 
 
 def paired_contrastive_loss(

@@ -17,9 +17,8 @@ def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
     height, width = pixel_values_BCHW.shape[2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"image of {height} x {width} pixels is not a multiple of patch_size {patch_size}")
-    return pixel_values_BCHW.unflatten(3, (-1, patch_size)).unflatten(
-        2, (-1, patch_size)
-    )  # B C rows y columns x
+    columns_split = torch.unflatten(pixel_values_BCHW, 3, (-1, patch_size))
+    return torch.unflatten(columns_split, 2, (-1, patch_size))  # B, C, rows, y, columns, x
 
 
 def patchify(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -39,7 +38,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
         patch_size: side of a patch.
         grid: (rows, columns) of patches.
     """
-    patches = patches_BNP.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    patches = torch.unflatten(torch.unflatten(patches_BNP, 2, (patch_size, patch_size, -1)), 1, grid)
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 

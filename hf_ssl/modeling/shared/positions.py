@@ -83,6 +83,6 @@ def resize_positions(
         )
     if old_grid == new_grid:
         return table_1ND
-    patches = table_1ND[:, num_extra:].unflatten(1, old_grid).permute(0, 3, 1, 2)
+    patches = torch.unflatten(table_1ND[:, num_extra:], 1, old_grid).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat([table_1ND[:, :num_extra], patches.flatten(2).transpose(1, 2)], dim=1)

@@ -3,7 +3,7 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
@@ -22,7 +22,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     if not 0 <= momentum <= 1:
         raise ValueError(f"teacher momentum must lie in [0, 1], got {momentum}")
     student_parameters = dict(student.named_parameters())
-    targets, sources = [], []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for name, parameter in teacher.named_parameters():
         if name not in student_parameters:
             raise ValueError(f"teacher parameter {name} has no counterpart in the student")
