@@ -5,8 +5,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.closeness import near
-from tests.distributed import run_processes
 from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.distributed import (
@@ -22,6 +20,8 @@ from hf_ssl.modeling.shared.distributed import (
     world_size,
 )
 from hf_ssl.modeling.shared.losses import nt_xent_loss
+from tests.closeness import near
+from tests.distributed import run_processes
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:

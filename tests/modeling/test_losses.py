@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from hf_ssl.modeling.shared.losses import (
     masked_patch_loss,
+    normalize,
     nt_xent_loss,
     paired_contrastive_loss,
     queue_contrastive_loss,
@@ -215,6 +216,15 @@ def test_masked_loss_is_averaged_over_the_batch_and_not_per_image():
 
 
 # All of them
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_unit_vectors_are_computed_in_at_least_float32(dtype):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        vectors = normalize(normal(3, 7).to(dtype))
+    assert vectors.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    near(vectors.norm(dim=1), torch.ones(3), 1e-6)
+
 
 LOSSES = {
     "two views": lambda x, y: nt_xent_loss(x, y, 0.1),

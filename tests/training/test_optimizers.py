@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tests.closeness import near, precision
 from torch import Tensor, nn
 
 from hf_ssl.training.optimizers import LARS, build_optimizer
+from tests.closeness import near, precision
 
 NAMES = ("weight", "bias", "bn_gamma", "zero_weight", "zerograd_weight")
 variants = pytest.mark.parametrize(
@@ -28,7 +28,9 @@ def lars_of_the_authors_case(case: dict[str, Tensor], variant: str, dtype: torch
     return LARS(groups, lr=0.0, momentum=momentum, trust_coefficient=trust, variant=variant), parameters
 
 
-def run_step(case: dict[str, Tensor], step: int, optimizer: LARS, parameters: dict[str, nn.Parameter]) -> None:
+def run_step(
+    case: dict[str, Tensor], step: int, optimizer: LARS, parameters: dict[str, nn.Parameter]
+) -> None:
     for group in optimizer.param_groups:
         group["lr"] = case["lrs"][step].item()
     for name, parameter in parameters.items():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tests.closeness import near
 
 from hf_ssl.training.schedules import (
     LEARNING_RATE_SCHEDULES,
@@ -14,6 +13,7 @@ from hf_ssl.training.schedules import (
     multistep_per_epoch,
     scaled_learning_rate,
 )
+from tests.closeness import near
 
 
 def rates(schedule, steps, span: ScheduleSpan, rate: float) -> torch.Tensor:
