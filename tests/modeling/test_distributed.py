@@ -19,6 +19,7 @@ from hf_ssl.modeling.shared.distributed import (
     unshuffle_rows,
     world_size,
 )
+from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.losses import nt_xent_loss
 from tests.closeness import near
 from tests.distributed import run_processes
@@ -70,6 +71,19 @@ def synchronized_norm(shape: str, steps: int = 2) -> dict[str, Tensor]:
     return norm_result(norm, x, output)
 
 
+def train_step(case: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """Loss, gradients and statistics of a head on two views; data-parallel where there is a group."""
+    torch.manual_seed(0)
+    head = MLPHead(8, 7, 6, 2, hidden_norm=True, last_norm="scale", bias=False).double()
+    head = convert_batchnorm(head)
+    model = nn.parallel.DistributedDataParallel(head) if world_size() > 1 else head
+    views = torch.cat([case["dist_x_a"][rows], case["dist_x_b"][rows]])
+    loss = nt_xent_loss(*model(views).chunk(2), 0.3)
+    loss.backward()
+    gradients = {f"gradient of {name}": parameter.grad for name, parameter in head.named_parameters()}
+    return gradients | dict(head.named_buffers()) | {"loss": loss.detach()}
+
+
 def on_every_rank(case: dict[str, Tensor]) -> dict[str, object]:
     """Everything that needs two processes, in one start of them; returns what the tests look at."""
     result: dict[str, object] = {"place": (rank(), world_size())}
@@ -96,6 +110,7 @@ def on_every_rank(case: dict[str, Tensor]) -> dict[str, object]:
     shuffled = shuffle_rows(own_rows, permutation)
     result["shuffled"], result["unshuffled"] = shuffled, unshuffle_rows(shuffled, permutation)
 
+    result["train_step"] = train_step(case, rows)
     return result | {f"norm{shape}": synchronized_norm(shape) for shape in ("1d", "2d")} | shuffle_norm(case)
 
 
@@ -169,6 +184,15 @@ def test_synchronized_norm_equals_one_process_on_the_merged_batch(ranks, shape):
     for part in parts:
         for name in ("running_mean", "running_var", "num_batches_tracked"):
             near(part[name], merged[name])
+
+
+def test_data_parallel_step_with_synchronized_norms_equals_the_merged_batch(ranks, golden):
+    merged, parts = train_step(golden("simclr"), slice(None)), [result["train_step"] for result in ranks]
+    near((parts[0].pop("loss") + parts[1].pop("loss")) / 2, merged.pop("loss"))
+    for part in parts:
+        assert part.keys() == merged.keys()
+        for name, expected in merged.items():
+            near(part[name], expected)
 
 
 def test_broadcast_gives_every_process_the_permutation_of_the_first(ranks):
@@ -256,6 +280,13 @@ def test_conversion_keeps_names_tensors_settings_and_evaluation_output(kind, exp
     assert (network[1].eps, network[1].momentum, network[1].training) == (1e-3, 0.2, False)
     assert all(parameter is before[name] for name, parameter in network.named_parameters())
     assert torch.equal(network(x), output)
+
+
+def test_synchronized_norm_has_all_that_the_layer_it_is_on_gpus_asks_for():
+    plain = norm_case(nn.BatchNorm2d)
+    norm = convert_batchnorm(copy.deepcopy(plain))
+    near(nn.SyncBatchNorm.forward(norm, NORM_INPUT["2d"]).detach(), plain(NORM_INPUT["2d"]).detach())
+    near(norm.running_var, plain.running_var)
 
 
 @pytest.mark.parametrize("kind", ["synchronized", "split"])
