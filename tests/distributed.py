@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def run_processes(function: Callable[..., Any], *arguments: Any, num_processes: int = 2) -> list[Any]:
-    """Results of `function(*arguments)` in rank order; arguments and results are whatever `torch.save` takes."""
+    """Results of `function(*arguments)` in rank order; both may be whatever `torch.save` takes."""
     with tempfile.TemporaryDirectory() as folder:
         torch.save(arguments, Path(folder) / "arguments.pt")
         with socket.socket() as free:

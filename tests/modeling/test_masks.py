@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.closeness import near
 
 from hf_ssl.modeling.shared.masks import num_kept_patches, random_masking
+from tests.closeness import near
 
 
 def test_masking_matches_the_authors_code(golden):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.closeness import near, precision
 
 from hf_ssl.modeling.shared.patches import gather_pixel_patches, normalize_patches, patchify, unpatchify
+from tests.closeness import near, precision
 
 
 def test_patches_match_the_authors_code(golden):

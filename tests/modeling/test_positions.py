@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tests.closeness import near
 
 from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from tests.closeness import near
 
 
 @pytest.mark.parametrize(("name", "width"), [("pos_embed_enc", 16), ("pos_embed_dec", 8)])

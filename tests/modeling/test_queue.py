@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.closeness import near, precision
 
 from hf_ssl.modeling.shared.queue import NegativeQueue
+from tests.closeness import near, precision
 
 
 @precision

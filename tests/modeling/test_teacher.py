@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from tests.closeness import near, precision
 from torch import nn
 
 from hf_ssl.modeling.shared.teacher import cosine_momentum, linear_momentum, update_teacher
+from tests.closeness import near, precision
 
 
 def holder(values: torch.Tensor) -> nn.Module:

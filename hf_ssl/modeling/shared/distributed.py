@@ -127,22 +127,49 @@ def _own_part(index_N: Tensor, num_rows: int) -> Tensor:
     return index_N.chunk(world_size())[rank()]
 
 
-class SynchronizedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
+class _AnyShapeBatchNorm(nn.BatchNorm2d):
+    """Takes (B, C) as well; a `BatchNorm2d`, because weight initialisation recognises norms by that type."""
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"BatchNorm needs (B, C) or (B, C, ...), got {input.dim()} dimensions")
+
+    def _count_batch(self) -> float:
+        """Count one batch; its share in the running statistics (without momentum: that of a plain mean)."""
+        self.num_batches_tracked.add_(1)
+        return 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+
+    def _apply_children(self, x: Tensor) -> Tensor:
+        # Some networks have norms that carry their dropout and activation, in this order.
+        for child in self.children():
+            x = child(x)
+        return x
+
+
+class SynchronizedBatchNorm(_AnyShapeBatchNorm):
     """BatchNorm over the rows of all processes, for (B, C) and (B, C, ...) inputs on any device.
 
-    torch's layer, which it is on CUDA, refuses CPU tensors once a process group exists; there the statistics
-    are summed here. Values, gradients and running statistics equal those of one process on the merged batch.
-    It is also a `BatchNorm2d`: weight initialisation recognises norms by that type.
+    On CUDA it computes as torch's `SyncBatchNorm`. That refuses CPU tensors, and data-parallel wrapping
+    refuses modules of its type on the CPU; there the statistics are summed here. Values, gradients and
+    running statistics equal those of one process on the merged batch.
     """
+
+    # What torch's forward looks for on its own type, beside what every BatchNorm has.
+    process_group = None
+    _check_non_zero_input_channels = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, x: Tensor) -> Tensor:
         if world_size() == 1 or not self.training:
             x = nn.BatchNorm2d.forward(self, x)
         elif x.is_cuda:
-            x = nn.SyncBatchNorm.forward(self, x)
+            x = nn.SyncBatchNorm.forward(self, x)  # type: ignore[arg-type]
         else:
             x = self._normalize_over_processes(x)
-        return _apply_children(self, x)
+        return self._apply_children(x)
 
     def _normalize_over_processes(self, x: Tensor) -> Tensor:
         # Statistics in at least float32, as torch's own kernels keep them.
@@ -159,17 +186,16 @@ class SynchronizedBatchNorm(nn.SyncBatchNorm, nn.BatchNorm2d):
             normalized = normalized * self.weight.view(shape)
         if self.bias is not None:
             normalized = normalized + self.bias.view(shape)
-        return normalized.to(x.dtype)
+        result: Tensor = normalized.to(x.dtype)
+        return result
 
     def _track(self, mean_C: Tensor, unbiased_variance_C: Tensor) -> None:
-        if self.running_mean is None:
-            return
-        share = _count_batch(self)
+        share = self._count_batch()
         self.running_mean.lerp_(mean_C.to(self.running_mean.dtype), share)
         self.running_var.lerp_(unbiased_variance_C.to(self.running_var.dtype), share)
 
 
-class SplitBatchNorm(nn.BatchNorm2d):
+class SplitBatchNorm(_AnyShapeBatchNorm):
     """BatchNorm that treats one batch as if it lay on several devices: row n belongs to group n mod splits.
 
     Every group has its own statistics in training; running statistics are the mean over the groups.
@@ -180,13 +206,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
     num_splits: int = 1
 
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"BatchNorm needs (B, C) or (B, C, ...), got {input.dim()} dimensions")
-
     def forward(self, x: Tensor) -> Tensor:
         x = self._normalize_groups(x) if self.training and self.num_splits > 1 else super().forward(x)
-        return _apply_children(self, x)
+        return self._apply_children(x)
 
     def _normalize_groups(self, x: Tensor) -> Tensor:
         splits = self.num_splits
@@ -200,25 +222,12 @@ class SplitBatchNorm(nn.BatchNorm2d):
             None if self.weight is None else self.weight.repeat(splits),
             None if self.bias is None else self.bias.repeat(splits),
             training=True,
-            momentum=_count_batch(self),
+            momentum=self._count_batch(),
             eps=self.eps,
         )
         self.running_mean.copy_(means.view(splits, -1).mean(0))
         self.running_var.copy_(variances.view(splits, -1).mean(0))
         return normalized.reshape(x.shape)
-
-
-def _count_batch(norm: _BatchNorm) -> float:
-    """Count one batch; the share it gets in the running statistics (without momentum: a plain mean)."""
-    norm.num_batches_tracked.add_(1)
-    return 1.0 / float(norm.num_batches_tracked) if norm.momentum is None else norm.momentum
-
-
-def _apply_children(norm: nn.Module, x: Tensor) -> Tensor:
-    # Some networks have norms that carry their dropout and activation; conversion keeps them in that order.
-    for child in norm.children():
-        x = child(x)
-    return x
 
 
 def convert_batchnorm(module: nn.Module, kind: str = "synchronized", num_splits: int = 1) -> nn.Module:
@@ -233,7 +242,7 @@ def convert_batchnorm(module: nn.Module, kind: str = "synchronized", num_splits:
         `module`, or its replacement if it is itself a BatchNorm.
 
     Raises:
-        ValueError: unknown `kind`, or `num_splits` below 1.
+        ValueError: unknown `kind`, `num_splits` below 1, or a BatchNorm without running statistics.
     """
     if kind not in ("synchronized", "split"):
         raise ValueError(unknown_name_message("BatchNorm kind", kind, ["synchronized", "split"]))
@@ -247,6 +256,10 @@ def convert_batchnorm(module: nn.Module, kind: str = "synchronized", num_splits:
 
 
 def _converted(norm: _BatchNorm, kind: str, num_splits: int) -> _BatchNorm:
+    if norm.running_mean is None:
+        raise ValueError(
+            "BatchNorm without running statistics cannot be converted; track_running_stats is off"
+        )
     make: type[_BatchNorm] = SynchronizedBatchNorm if kind == "synchronized" else SplitBatchNorm
     new = make(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     if isinstance(new, SplitBatchNorm):
@@ -259,5 +272,5 @@ def _converted(norm: _BatchNorm, kind: str, num_splits: int) -> _BatchNorm:
         new.add_module(name, child)
     if getattr(norm, "_is_hf_initialized", False):
         # transformers must not start anew what its architecture has started (e.g. a zero scale).
-        new._is_hf_initialized = True
+        new._is_hf_initialized = True  # type: ignore[assignment]
     return new.train(norm.training)

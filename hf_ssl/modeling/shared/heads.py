@@ -59,11 +59,12 @@ class MLPHead(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map features (B, input_size) to (B, output_size)."""
-        return self.layers(features)
+        projections: Tensor = self.layers(features)
+        return projections
 
 
 def _last_norm(width: int, kind: str) -> nn.BatchNorm1d:
     norm = nn.BatchNorm1d(width, affine=kind != "plain")
     if kind == "scale":
-        norm.bias = None
+        norm.register_parameter("bias", None)
     return norm

@@ -56,8 +56,7 @@ def nt_xent_loss(projection_1_BD: Tensor, projection_2_BD: Tensor, temperature: 
     """
     _check_temperature(temperature)
     with without_autocast(projection_1_BD):
-        views_BVD = torch.stack([full_precision(projection_1_BD), full_precision(projection_2_BD)], dim=1)
-        views_BVD = F.normalize(views_BVD, dim=2)
+        views_BVD = torch.stack([normalize(projection_1_BD), normalize(projection_2_BD)], dim=1)
         candidates = all_gather_with_gradient(views_BVD).transpose(0, 1).flatten(0, 1)  # (2N, D), view-major
         anchors = views_BVD.transpose(0, 1).flatten(0, 1)  # (2B, D), view-major
         num_rows, num_images = len(views_BVD), len(candidates) // 2
@@ -114,7 +113,8 @@ def queue_contrastive_loss(query_BD: Tensor, key_BD: Tensor, queue_KD: Tensor, t
     with without_autocast(query_BD):
         query_BD = full_precision(query_BD)
         key_BD, queue_KD = key_BD.detach().to(query_BD.dtype), queue_KD.detach().to(query_BD.dtype)
-        return _QueueContrastiveLoss.apply(query_BD, key_BD, queue_KD, temperature)
+        loss: Tensor = _QueueContrastiveLoss.apply(query_BD, key_BD, queue_KD, temperature)
+        return loss
 
 
 def paired_contrastive_loss(
@@ -139,8 +139,7 @@ def paired_contrastive_loss(
     """
     _check_temperature(temperature)
     with without_autocast(query_BD):
-        query_BD = F.normalize(full_precision(query_BD), dim=1)
-        key_ND = F.normalize(full_precision(key_ND.detach()), dim=1)
+        query_BD, key_ND = normalize(query_BD), normalize(key_ND.detach())
         logits_BN = query_BD @ key_ND.to(query_BD.dtype).T / temperature
         return 2 * temperature * F.cross_entropy(logits_BN, own_index_B)
 

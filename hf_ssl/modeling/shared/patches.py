@@ -1,7 +1,8 @@
 """Images as rows of patches and back, in the two orders of values that exist.
 
 Targets of a reconstruction are (row, column, channel) inside a patch; the input of a patch embedding (a
-convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never works.
+convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never
+works.
 Shape suffixes: B = images, C = channels, H, W = pixels, N = patches in row-major order, M = kept patches,
 P = values of a patch.
 """
@@ -16,9 +17,8 @@ def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
     height, width = pixel_values_BCHW.shape[2:]
     if height % patch_size or width % patch_size:
         raise ValueError(f"image of {height} x {width} pixels is not a multiple of patch_size {patch_size}")
-    return pixel_values_BCHW.unflatten(3, (-1, patch_size)).unflatten(
-        2, (-1, patch_size)
-    )  # B C rows y columns x
+    columns_split = torch.unflatten(pixel_values_BCHW, 3, (-1, patch_size))
+    return torch.unflatten(columns_split, 2, (-1, patch_size))  # B, C, rows, y, columns, x
 
 
 def patchify(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -38,12 +38,12 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
         patch_size: side of a patch.
         grid: (rows, columns) of patches.
     """
-    patches = patches_BNP.unflatten(2, (patch_size, patch_size, -1)).unflatten(1, grid)
+    patches = torch.unflatten(torch.unflatten(patches_BNP, 2, (patch_size, patch_size, -1)), 1, grid)
     return patches.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
 def normalize_patches(target_BNP: Tensor, eps: float = 1e-6) -> Tensor:
-    """Every patch to mean 0 and variance 1 over all its values jointly (unbiased variance, eps in the root)."""
+    """Every patch to mean 0, variance 1 over all its values jointly (unbiased variance, eps in the root)."""
     target_BNP = full_precision(target_BNP)
     variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=2, keepdim=True)
     return (target_BNP - mean_BN1) / (variance_BN1 + eps).sqrt()

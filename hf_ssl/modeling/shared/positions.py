@@ -75,13 +75,14 @@ def resize_positions(
         ValueError: `table_1ND` does not have the rows of `old_grid`.
     """
     num_extra = int(has_class_token)
-    if table_1ND.shape[1] != old_grid[0] * old_grid[1] + num_extra:
+    num_rows = old_grid[0] * old_grid[1] + num_extra
+    if table_1ND.shape[1] != num_rows:
         raise ValueError(
             f"position table has {table_1ND.shape[1]} rows, a grid of {old_grid[0]} x {old_grid[1]} "
-            f"{'with' if has_class_token else 'without'} class token needs {old_grid[0] * old_grid[1] + num_extra}"
+            f"{'with' if has_class_token else 'without'} class token needs {num_rows}"
         )
     if old_grid == new_grid:
         return table_1ND
-    patches = table_1ND[:, num_extra:].unflatten(1, old_grid).permute(0, 3, 1, 2)
+    patches = torch.unflatten(table_1ND[:, num_extra:], 1, old_grid).permute(0, 3, 1, 2)
     patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
     return torch.cat([table_1ND[:, :num_extra], patches.flatten(2).transpose(1, 2)], dim=1)

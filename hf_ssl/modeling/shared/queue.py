@@ -27,7 +27,7 @@ class NegativeQueue(nn.Module):
         self.initialize_parameters()
 
     def initialize_parameters(self) -> None:
-        """Fill with random unit vectors and start at row 0; tensors loaded from a checkpoint are left alone."""
+        """Fill with random unit vectors and start at row 0; leave what a checkpoint brought alone."""
         init.copy_(self.keys, F.normalize(torch.randn_like(self.keys), dim=1))
         init.zeros_(self.position)
 

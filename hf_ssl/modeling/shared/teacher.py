@@ -3,12 +3,12 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
 def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher <- momentum x teacher + (1 - momentum) x student, for parameters; buffers stay the teacher's own.
+    """teacher <- momentum x teacher + (1 - momentum) x student, for parameters; buffers are not touched.
 
     Args:
         teacher: module in float32 or float64.
@@ -22,7 +22,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
     if not 0 <= momentum <= 1:
         raise ValueError(f"teacher momentum must lie in [0, 1], got {momentum}")
     student_parameters = dict(student.named_parameters())
-    targets, sources = [], []
+    targets: list[Tensor] = []
+    sources: list[Tensor] = []
     for name, parameter in teacher.named_parameters():
         if name not in student_parameters:
             raise ValueError(f"teacher parameter {name} has no counterpart in the student")
