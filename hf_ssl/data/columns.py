@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import PIL.Image
+
 if TYPE_CHECKING:
     import datasets
 
@@ -51,6 +53,18 @@ def find_columns(features: "datasets.Features", wanted: Columns, name: str) -> C
     label = _find_label(features, wanted.label, name)
     names = list(features[label].names) if label and _kind(features[label]) == "ClassLabel" else None
     return Columns(_find_image(features, wanted.image, name), label, wanted.text, names)
+
+
+def features_of(row: Mapping[str, Any]) -> "datasets.Features":
+    """Feature types of a stream that declares none, by the values of its first row."""
+    from datasets import Features, Image, Value
+
+    types = {int: Value("int64"), str: Value("string"), bytes: Value("binary")}
+    features = {}
+    for column, value in row.items():
+        is_picture = isinstance(value, PIL.Image.Image) or getattr(value, "ndim", 0) == 3
+        features[column] = Image() if is_picture else types.get(type(value), Value("null"))
+    return Features(features)
 
 
 def check_columns(columns: list[str], existing: list[str], name: str) -> None:

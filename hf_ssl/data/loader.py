@@ -37,8 +37,7 @@ Batch = dict[str, Any]
 class MakesViews(Protocol):
     """What the loader needs of a `ViewMaker`."""
 
-    kinds: list[str]
-    sizes: list[int]
+    kinds: list[str]  # of every view; those of one kind have one size
 
     def __call__(self, image: Any, seed: tuple[int, int, int]) -> list[Tensor]: ...
 
@@ -192,9 +191,6 @@ class BatchMaker:
         sources: to name broken images, and to know whether there are texts.
         view_maker: makes the views of an image.
         seed: of the views.
-
-    Raises:
-        DataError: views of one kind differ in size.
     """
 
     def __init__(self, sources: list[ImageSource], view_maker: MakesViews, seed: int):
@@ -208,10 +204,6 @@ class BatchMaker:
             if kind in view_maker.kinds
         }
         self._broken: dict[int, str] = {}  # by sample id: is not decoded again
-        for key, numbers in self._views.items():
-            sizes = {view_maker.sizes[number] for number in numbers}
-            if len(sizes) > 1:
-                raise DataError(f"views of {key} have several sizes, {sorted(sizes)}; one kind has one size")
 
     def make(self, slots: list[Slot]) -> tuple[Batch, list[tuple[str, str]]]:
         """The batch, and name and reason of every broken image met on the way."""

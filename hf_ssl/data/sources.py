@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ssl.data.columns import Columns, DataError, Row, check_columns, find_columns
+from hf_ssl.data.columns import Columns, DataError, Row, check_columns, features_of, find_columns
 from hf_ssl.data.decoding import BrokenImageError
 
 if TYPE_CHECKING:
@@ -227,7 +227,8 @@ class SequentialSource(ImageSource):
     """A `datasets.IterableDataset`: tar archives, generators, any format without row counts."""
 
     def __init__(self, name: str, dataset: "datasets.IterableDataset", columns: Columns):
-        self._dataset = dataset.select_columns(columns.names()).decode(False)
+        dataset = dataset.select_columns(columns.names())
+        self._dataset = dataset.decode(False) if dataset.features else dataset
         self.num_shards = int(dataset.num_shards)
         super().__init__(name, columns, None, f"stream of {self.num_shards} shards")
 
@@ -425,11 +426,10 @@ def _open_object(dataset: Any, split: str | None, wanted: Columns, name: str) ->
     if isinstance(dataset, Dataset):
         return DatasetSource(name, dataset, find_columns(dataset.features, wanted, name))
     if isinstance(dataset, IterableDataset):
-        if dataset.features is None:
-            dataset = dataset._resolve_features()  # the one way to learn them: from the first rows
-        if not dataset.features:
+        features = dataset.features or features_of(next(iter(dataset), {}))
+        if not features:
             raise DataError(f"{name} has no rows; give a dataset with at least one image")
-        return SequentialSource(name, dataset, find_columns(dataset.features, wanted, name))
+        return SequentialSource(name, dataset, find_columns(features, wanted, name))
     raise DataError(
         f"cannot read images from a {type(dataset).__name__}; give a path, a Hub name or a datasets object"
     )

@@ -273,17 +273,21 @@ class MixedPlan:
     def __init__(
         self,
         sources: list[ImageSource],
-        weights: list[float] | None,
+        quotas: NDArray[np.int64],
         seed: int,
         batch_size: int,
         rank: int,
         world_size: int,
     ):
-        self._sources = sources
         self._batch_size = batch_size
-        self._world_size = world_size
+        self._batches: int | None = None
+        counts = [source.num_rows for source in sources if source.num_rows is not None]
+        if len(counts) == len(sources):
+            self._batches = sum(counts) // (batch_size * world_size)
+            if self._batches == 0:
+                names = " and ".join(source.name for source in sources)
+                raise _too_few_rows(names, sum(counts), batch_size, world_size)
         lanes = min(_num_lanes((source.num_rows or 0) // world_size, source) for source in sources)
-        quotas = _quotas(sources, weights)
         self._mixtures = [Mixture(quotas, (seed, rank * lanes + lane)) for lane in range(lanes)]
         multiple = batch_size if len(sources) == 1 else 1
         self._shares = [  # by source, then by lane
@@ -293,13 +297,10 @@ class MixedPlan:
 
     @property
     def batches_per_epoch(self) -> int | None:
-        first = self._shares[0][0]
-        if len(self._sources) == 1 and isinstance(first, SequentialShare):
-            return None if first.length is None else first.length // self._batch_size
-        counts = [source.num_rows for source in self._sources]
-        if None in counts:
-            return None
-        return max(1, sum(count or 0 for count in counts) // (self._batch_size * self._world_size))
+        only = self._shares[0][0]
+        if len(self._shares) == 1 and isinstance(only, SequentialShare) and only.length is not None:
+            return only.length // self._batch_size
+        return self._batches
 
     def slots(self, batch: int) -> list[Slot]:
         turn, lane = divmod(batch, len(self._mixtures))
@@ -331,9 +332,10 @@ def make_plan(
     Raises:
         DataError: weights that do not fit the sources, or fewer rows than one batch of all processes.
     """
+    quotas = _quotas(sources, weights)
     if len(sources) == 1 and isinstance(sources[0], IndexedSource):
         return EpochPlan(sources[0], seed, batch_size, rank, world_size)
-    return MixedPlan(sources, weights, seed, batch_size, rank, world_size)
+    return MixedPlan(sources, quotas, seed, batch_size, rank, world_size)
 
 
 def _shares(
