@@ -16,6 +16,7 @@ With several sources, row i of a lane comes from the source that a seeded cycle 
 it. Each cycle holds every source in exact proportion to its weight.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from functools import lru_cache
@@ -26,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ssl.data.columns import DataError, Row
-from hf_ssl.data.sources import ImageSource, IndexedSource, SequentialSource
+from hf_ssl.data.sources import BLOCK_BYTES, ImageSource, IndexedSource, SequentialSource
 
 LANES = 4  # memory holds one block per lane; more workers than lanes share lanes
 CYCLE_ROWS = 4096  # weights are rounded to this fraction
@@ -198,15 +199,25 @@ class SequentialShare:
     def _read_blocks(self, epoch: int) -> Iterator[list[tuple[int, Row]]]:
         shards = _generator(self._key, _UNIT_ORDER, epoch).permutation(self._source.num_shards)
         rows = chain.from_iterable(self._source.shard(int(shard)) for shard in shards)
-        size = -(-self._source.block_rows // self._step) * self._step
-        for number in range(1 << 62):
-            block = list(islice(rows, size))
-            kept = len(block) - len(block) % self._step
+        for number in itertools.count():
+            block = self._read_block(rows)
             order = _generator(self._key, _ROW_ORDER, epoch, number).permutation(len(block))
+            kept = len(block) - len(block) % self._step
             if kept:
                 yield [block[place] for place in order[self._rank : kept : self._world_size]]
-            if len(block) < size:
+            if kept < len(block) or not block:  # the last of the epoch
                 return
+
+    def _read_block(self, rows: Iterator[tuple[int, Row]]) -> list[tuple[int, Row]]:
+        block: list[tuple[int, Row]] = []
+        size = 0
+        while len(block) < self._source.block_rows and size < BLOCK_BYTES:
+            part = list(islice(rows, self._step))
+            block += part
+            size += sum(len(row["image"]) for _, row in part if isinstance(row["image"], bytes))
+            if len(part) < self._step:
+                break
+        return block
 
 
 class Mixture:

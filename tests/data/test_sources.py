@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hf_ssl.data.decoding import decode_image
-from hf_ssl.data.sources import DataError, ImageSource, open_images
+from hf_ssl.data.sources import DataError, ImageSource, ParquetSource, open_images
 
 Rows = Callable[..., datasets.Dataset]
 Encode = Callable[[int], bytes]
@@ -93,6 +94,40 @@ def test_parquet_reads_a_row_group_once_while_it_is_held(
     monkeypatch.setattr(source, "_read_unit", lambda unit: reads.append(unit) or read_unit(unit))
     assert numbers(source) == list(range(50))
     assert reads == [0, 1, 2, 3, 4, 5]
+
+
+def test_row_groups_of_an_owner_that_is_gone_are_let_go(parquet_folder: Path):
+    class Owner:
+        pass
+
+    source = open_images(parquet_folder)
+    assert isinstance(source, ParquetSource)
+    first, second = Owner(), Owner()
+    source.hold(first, np.array([0, 12]))
+    source.row(0), source.row(12)
+    source.hold(second, np.array([30]))
+    source.row(30)
+    assert sorted(source._tables) == [0, 1, 3]
+    del first
+    source.hold(second, np.array([31, 49]))
+    assert sorted(source._tables) == [3]
+
+
+def test_parquet_at_an_address_is_read_through_fsspec(numbered_rows: Rows):
+    import fsspec
+
+    with fsspec.open("memory://images/train.parquet", "wb") as file:
+        numbered_rows(5).to_parquet(file)
+    assert numbers(open_images("memory://images/train.parquet")) == [0, 1, 2, 3, 4]
+
+
+def test_name_that_the_hub_does_not_know_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach 'me/nothing' on the Hub\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
+    with pytest.raises(DataError, match="^cannot open me/nothing: Couldn't reach 'me/nothing' on the Hub$"):
+        open_images("me/nothing")
 
 
 def test_sub_folders_are_labels(tmp_path: Path, numbered_png: Encode):
