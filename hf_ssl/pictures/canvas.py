@@ -9,14 +9,14 @@ from PIL import Image, ImageDraw, ImageFont
 
 from hf_ssl.data.decoding import decode_image
 
-MARGIN, GAP = 20, 10
+MARGIN, GAP = 20, 18
 TILE_SIDE = 160
 TITLE_SIZE, HEADING_SIZE, CAPTION_SIZE = 20, 14, 12
 INK, FAINT = "#1f2328", "#59636e"
 # Okabe and Ito's palette without black and yellow: told apart by colour-blind readers too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GOOD, BAD = "#009e73", "#d55e00"
-_FRAME = 4
+_FRAME, _SPACE = 4, 8  # width of a frame with its white line; between text and pictures
 
 
 class Tile(NamedTuple):
@@ -66,64 +66,53 @@ def draw_grid(
     num_columns = max((len(row) for row in rows), default=0)
     if num_columns == 0:
         raise ValueError("nothing to draw: give at least one image")
-    widths = [
-        max(row[c].image.width for row in rows if c < len(row)) + 2 * _FRAME for c in range(num_columns)
-    ]
+    widths = [max(row[c].image.width for row in rows if c < len(row)) for c in range(num_columns)]
+    step = [width + GAP for width in widths]
     heading_lines = [wrap(text, width, HEADING_SIZE) for text, width in zip(headings, widths, strict=False)]
     captions = [
-        [wrap(tile.caption, width, CAPTION_SIZE) for tile, width in zip(row, widths, strict=False)]
-        for row in rows
+        [wrap(t.caption, width, CAPTION_SIZE) for t, width in zip(row, widths, strict=False)] for row in rows
     ]
-    picture_heights = [max(tile.image.height for tile in row) + 2 * _FRAME for row in rows]
-    caption_heights = [_lines_height(max(map(len, row)), CAPTION_SIZE) for row in captions]
-    title_lines = wrap(title, sum(widths) + GAP * (num_columns - 1), TITLE_SIZE, bold=True)
+    heights = [max(map(_tile_height, row, lines)) for row, lines in zip(rows, captions, strict=True)]
+    title_lines = wrap(title, sum(step) - GAP, TITLE_SIZE, bold=True)
     title_height = _lines_height(len(title_lines), TITLE_SIZE)
-    heading_height = _lines_height(max(map(len, heading_lines), default=0), HEADING_SIZE)
+    top = MARGIN + title_height + _lines_height(max(map(len, heading_lines), default=0), HEADING_SIZE)
+
     sheet = Image.new(
-        "RGB",
-        (
-            2 * MARGIN + sum(widths) + GAP * (num_columns - 1),
-            2 * MARGIN
-            + title_height
-            + heading_height
-            + sum(picture_heights)
-            + sum(caption_heights)
-            + GAP * (len(rows) - 1),
-        ),
-        "white",
+        "RGB", (2 * MARGIN + sum(step) - GAP, top + sum(heights) + GAP * (len(rows) - 1) + MARGIN), "white"
     )
     pen = ImageDraw.Draw(sheet)
     _write(pen, title_lines, MARGIN, MARGIN, TITLE_SIZE, INK, bold=True)
-    lefts = [MARGIN + sum(widths[:c]) + GAP * c for c in range(num_columns)]
+    lefts = [MARGIN + sum(step[:c]) for c in range(num_columns)]
     for lines, left in zip(heading_lines, lefts, strict=False):
-        # Headings of one line stand directly above the pictures, beside those of two.
-        top = MARGIN + title_height + heading_height - _lines_height(len(lines), HEADING_SIZE)
-        _write(pen, lines, left + _FRAME, top, HEADING_SIZE, INK)
-    top = MARGIN + title_height + heading_height
-    for row, lines_of_row, picture_height, caption_height in zip(
-        rows, captions, picture_heights, caption_heights, strict=True
-    ):
-        for tile, lines, left, width in zip(row, lines_of_row, lefts, widths, strict=False):
-            x = left + (width - tile.image.width) // 2
-            y = top + (picture_height - tile.image.height) // 2
-            if tile.color:
-                box = (
-                    x - _FRAME,
-                    y - _FRAME,
-                    x + tile.image.width + _FRAME - 1,
-                    y + tile.image.height + _FRAME - 1,
-                )
-                pen.rectangle(box, outline=tile.color, width=_FRAME - 1)
-            sheet.paste(tile.image, (x, y))
-            _write(pen, lines, left + _FRAME, top + picture_height, CAPTION_SIZE, FAINT)
-        top += picture_height + caption_height + GAP
+        # A heading of one line stands directly above the pictures, beside headings of two.
+        _write(pen, lines, left, top - _lines_height(len(lines), HEADING_SIZE), HEADING_SIZE, INK)
+    for row, lines_of_row, height in zip(rows, captions, heights, strict=True):
+        for tile, lines, left in zip(row, lines_of_row, lefts, strict=False):
+            _draw_tile(sheet, pen, tile, lines, (left, top))
+        top += height + GAP
     return sheet
 
 
+def _tile_height(tile: Tile, lines: Sequence[str]) -> int:
+    return tile.image.height + _lines_height(len(lines), CAPTION_SIZE)
+
+
+def _draw_tile(
+    sheet: Image.Image, pen: ImageDraw.ImageDraw, tile: Tile, lines: Sequence[str], corner: tuple[int, int]
+) -> None:
+    left, top = corner
+    if tile.color:
+        right, bottom = left + tile.image.width - 1, top + tile.image.height - 1
+        box = (left - _FRAME, top - _FRAME, right + _FRAME, bottom + _FRAME)
+        pen.rectangle(box, outline=tile.color, width=_FRAME - 1)
+    sheet.paste(tile.image, corner)
+    _write(pen, lines, left, top + tile.image.height + _FRAME, CAPTION_SIZE, FAINT)
+
+
 def wrap(text: str, width: int, size: int, bold: bool = False) -> list[str]:
-    """Breaks a text between words so that each line fits; a longer word gets a line of its own, cut short."""
+    """Breaks a text between words so that each line fits; a longer word is cut. A no-break space joins."""
     lines: list[str] = []
-    for word in text.split():
+    for word in text.split(" ") if text else ():
         longer = f"{lines[-1]} {word}" if lines else word
         if lines and font(size, bold).getlength(longer) <= width:
             lines[-1] = longer
@@ -141,7 +130,7 @@ def _cut(word: str, width: int, size: int, bold: bool) -> str:
 
 
 def _lines_height(count: int, size: int) -> int:
-    return count * round(1.35 * size) + 6 if count else 0
+    return count * round(1.35 * size) + _SPACE if count else 0
 
 
 def _write(

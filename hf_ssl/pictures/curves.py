@@ -10,7 +10,8 @@ from PIL import Image
 from hf_ssl.pictures.canvas import COLORS, FAINT, INK
 
 _SCORES = {"knn": "kNN", "linear": "linear probe"}
-_PANEL_INCHES = (4.4, 3.3)
+_PANEL_INCHES, _LEGEND_INCHES = (4.0, 3.1), 2.2
+_DASHES = ((5, 3), (1.5, 2), (7, 2, 1.5, 2), (10, 4))
 
 
 def draw_curves(
@@ -47,7 +48,9 @@ def draw_curves(
     )
     figure.set_layout_engine("constrained", w_pad=0.15, h_pad=0.12, wspace=0.04)
     figure.suptitle(title, x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
-    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, name in zip(
+        figure.subplots(1, len(panels), squeeze=False, sharex=True)[0], panels, strict=True
+    ):
         _style(axes)
         if name == "scores":
             _draw_scores(axes, scores, baselines or {})
@@ -56,7 +59,7 @@ def draw_curves(
         else:
             axes.set_title("learning rate", loc="left", fontsize=11, color=INK)
             axes.plot(*series[name], color=COLORS[0], linewidth=1.8)
-            axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
             axes.set_ylim(bottom=0)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure)
@@ -101,20 +104,19 @@ def _draw_scores(
     axes: Any, scores: Mapping[str, tuple[list[float], list[float]]], baselines: Mapping[str, float]
 ) -> None:
     axes.set_title("accuracy, %", loc="left", fontsize=11, color=INK)
-    colors = iter(COLORS * (1 + (len(scores) + len(baselines)) // len(COLORS)))
+    colors = {name: COLORS[number % len(COLORS)] for number, name in enumerate(scores)}
     for name, (steps, values) in scores.items():
-        label = f"{_label(name)} {100 * values[-1]:.1f}"
-        percents = [100 * value for value in values]
-        axes.plot(steps, percents, color=next(colors), linewidth=1.8, marker="o", markersize=4, label=label)
-    for name, value in baselines.items():
-        axes.axhline(100 * value, color=next(colors), linewidth=1.4, linestyle=(0, (4, 3)))
-        axes.plot(
-            [], [], color=axes.lines[-1].get_color(), linestyle=(0, (4, 3)), label=f"{name} {100 * value:.1f}"
+        label, percents = f"{_label(name)}  {100 * values[-1]:.1f}", [100 * value for value in values]
+        axes.plot(steps, percents, color=colors[name], linewidth=1.8, marker="o", markersize=4, label=label)
+    for number, (name, value) in enumerate(baselines.items()):
+        # A baseline has the colour of the first score of its kind, and a dash pattern of its own.
+        kinds = [word for word in _SCORES if word in name.lower()]
+        color = next((colors[score] for score in scores if any(word in score for word in kinds)), FAINT)
+        dashes = (0, _DASHES[number % len(_DASHES)])
+        axes.axhline(
+            100 * value, color=color, linewidth=1.3, linestyle=dashes, label=f"{name}  {100 * value:.1f}"
         )
-    # Below the panel: inside it no place is free for every course of the curves.
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False, fontsize=9, labelcolor=INK
-    )
+    axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=9, labelcolor=INK)
 
 
 def _label(name: str) -> str:

@@ -61,22 +61,16 @@ def draw_reconstructions(
     hidden_BN1 = is_masked.cpu().bool()[:, :, None]
     mean, std = (torch.tensor(values)[:, None, None] for values in (image_mean, image_std))
     gray_BNP = patchify(((_HIDDEN_GRAY - mean) / std).expand(1, -1, height, width), patch_size)
-    columns = {
-        "image": target_BNP,
-        "masked": torch.where(hidden_BN1, gray_BNP, target_BNP),
-        "reconstruction": torch.where(hidden_BN1, predictions_BNP, target_BNP),
-        "prediction everywhere": predictions_BNP,
-    }
-    pictures = {
-        name: ((unpatchify(patches, patch_size, grid) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-        for name, patches in columns.items()
-    }
-    shares = is_masked.float().mean(dim=1).tolist()
-    rows = [
-        [
-            Tile(fit(pictures[name][b]), f"{shares[b]:.0%} hidden" if name == "masked" else "")
-            for name in columns
-        ]
-        for b in range(len(target_BCHW))
+    columns = [
+        target_BNP,
+        torch.where(hidden_BN1, gray_BNP, target_BNP),
+        torch.where(hidden_BN1, predictions_BNP, target_BNP),
+        predictions_BNP,
     ]
-    return draw_grid(rows, title=title, headings=list(columns))
+    pictures = [
+        ((unpatchify(patches, patch_size, grid) * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        for patches in columns
+    ]
+    rows = [[Tile(fit(picture[b])) for picture in pictures] for b in range(len(target_BCHW))]
+    headings = ["image", f"{is_masked.float().mean().item():.0%} hidden", "reconstruction", "all predicted"]
+    return draw_grid(rows, title=title, headings=headings)

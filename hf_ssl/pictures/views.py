@@ -52,7 +52,8 @@ def draw_views(
 
 
 def _with_boxes(image_HWC: np.ndarray, parameters: Sequence[ViewParameters]) -> Image.Image:
-    picture = fit(image_HWC, 2 * TILE_SIDE if max(image_HWC.shape[:2]) > TILE_SIDE else TILE_SIDE)
+    large = max(image_HWC.shape[:2]) > TILE_SIDE
+    picture = fit(image_HWC, TILE_SIDE * 3 // 2 if large else TILE_SIDE)
     scale = picture.width / image_HWC.shape[1]
     pen = ImageDraw.Draw(picture)
     for index, drawn in reversed(list(enumerate(parameters))):  # the first views lie on top
@@ -70,6 +71,10 @@ def _describe(steps: Sequence[Step]) -> str:
         name = _NAMES.get(operation, operation)
         varies = operation not in ("horizontal_flip", "grayscale", "solarize")
         words.append(
-            f"{name} {value:+.2f}" if operation == "hue" else f"{name} {value:.1f}" if varies else name
+            f"{name}\N{NO-BREAK SPACE}{value:+.2f}"
+            if operation == "hue"
+            else f"{name}\N{NO-BREAK SPACE}{value:.1f}"
+            if varies
+            else name
         )
     return ", ".join(words) or "no change"
