@@ -56,6 +56,9 @@ def patch_colors(patch_features_BND: Tensor) -> Tensor:
     )  # directions have no sign of their own
     scores = torch.nn.functional.pad(scores, (0, 3 - scores.shape[1]))
     low, high = torch.quantile(scores, torch.tensor([0.01, 0.99]), dim=0)
-    unit = ((scores - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    extent = high - low
+    # A direction that holds nothing but rounding errors stays dark.
+    extent = torch.where(extent > 1e-4 * extent.max(), extent, torch.inf)
+    unit = ((scores - low) / extent).clamp(0, 1)
     colors_BN3: Tensor = (unit * 255).round().to(torch.uint8).reshape(*patch_features_BND.shape[:2], 3)
     return colors_BN3

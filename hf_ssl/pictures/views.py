@@ -68,13 +68,10 @@ def _describe(steps: Sequence[Step]) -> str:
     """The steps in their order, with values where they have any that vary."""
     words = []
     for operation, value in steps:
-        name = _NAMES.get(operation, operation)
-        varies = operation not in ("horizontal_flip", "grayscale", "solarize")
-        words.append(
-            f"{name}\N{NO-BREAK SPACE}{value:+.2f}"
-            if operation == "hue"
-            else f"{name}\N{NO-BREAK SPACE}{value:.1f}"
-            if varies
-            else name
-        )
+        word = _NAMES.get(operation, operation)
+        if operation == "hue":
+            word += f"\N{NO-BREAK SPACE}{value:+.2f}"
+        elif operation not in ("horizontal_flip", "grayscale", "solarize"):
+            word += f"\N{NO-BREAK SPACE}{value:.1f}"
+        words.append(word)
     return ", ".join(words) or "no change"

@@ -148,7 +148,7 @@ def test_first_direction_of_a_ramp_is_a_ramp_of_red():
 def test_patch_colours_lie_on_the_grid_row_by_row():
     features = torch.zeros(1, 6, 3)
     features[0, 4] = 1.0  # second row, second column of three
-    sheet = np.asarray(draw_patch_pca([flat("white", 30)], features, (2, 3), title=""))
+    sheet = np.asarray(draw_patch_pca([flat("#123456", 30)], features, (2, 3), title=""))
     color = tuple(patch_colors(features)[0, 4].tolist())
     where = np.argwhere((sheet == color).all(axis=2))
     extent = where.max(axis=0) - where.min(axis=0) + 1
@@ -200,9 +200,15 @@ def test_baselines_are_lines_in_the_colour_of_their_score():
     knn, linear = (
         draw_curves(log, baselines={name: 0.45}) for name in ("kNN of raw pixels", "linear, step 0")
     )
-    assert count(knn, COLORS[0]) > count(without, COLORS[0])
-    assert count(linear, COLORS[1]) > count(without, COLORS[1])
-    assert abs(count(linear, COLORS[0]) - count(without, COLORS[0])) < 0.1 * count(without, COLORS[0])
+    assert [_longest_level(p, "blue") > 90 for p in (without, knn, linear)] == [False, True, False]
+    assert [_longest_level(p, "red") > 90 for p in (without, knn, linear)] == [False, False, True]
+
+
+def _longest_level(picture: Image.Image, color: str) -> int:
+    """Most pixels of about this colour in one row of the right-hand part, where the scores are."""
+    pixels = np.asarray(picture).astype(int)[:, int(0.6 * picture.width) :]
+    blueness = pixels[:, :, 2] - pixels[:, :, 0]
+    return int(((blueness if color == "blue" else -blueness) > 60).sum(axis=1).max())
 
 
 def test_after_a_resume_the_later_entry_of_a_step_counts():
