@@ -25,7 +25,7 @@ POOLS: tuple[str, ...] = get_args(Pool)
 
 @dataclass
 class FeatureSet:
-    """Features of one data set: `features[name]` is (images, width) float32; `labels` is None without labels."""
+    """Features of one data set: `features[name]` is (images, width) float32; `labels` may be None."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
@@ -91,7 +91,7 @@ def _pool_quarters(map_BDHW: Tensor) -> Tensor:
 def default_pools(encoder: nn.Module, pixel_values: Tensor) -> tuple[str, ...]:
     """Pools worth reporting: "mean" and "grid2", before them "class_token" where the encoder has one.
 
-    A CNN has its global mean alone, as is usual. `pixel_values` is one image or more in the size that is used.
+    A CNN has its global mean alone, as is usual. `pixel_values` is one image or more in the size used.
     """
     with torch.inference_mode(), evaluating(encoder):
         outputs = _forward(encoder, pixel_values[:1].to(_device_of(encoder)))

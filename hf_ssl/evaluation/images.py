@@ -1,13 +1,15 @@
 """Batches of processed images from any source, in order, without augmentation."""
 
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from hf_ssl.data.decoding import BrokenImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ Source = Any
 
 
 class ImageBatch(NamedTuple):
-    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and their row numbers in the source."""
+    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and row numbers in the source."""
 
     pixel_values: Tensor
     labels: Tensor | None
@@ -75,15 +77,12 @@ def _rows(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str
     )
 
 
-def _decode(image: Any, row_id: int) -> Any:
+def _decode(image: Any, row_id: int) -> Image.Image | None:
     """RGB picture, or None (with a line in the log) if it cannot be read."""
-    from PIL import Image
-
     try:
-        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-        return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        logger.warning("row %d left out: its image cannot be read (%s)", row_id, error)
+        return Image.fromarray(decode_image(image))
+    except BrokenImageError as error:
+        logger.warning("row %d left out: %s", row_id, error)
         return None
 
 

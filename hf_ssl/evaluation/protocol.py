@@ -55,7 +55,7 @@ class Scores:
         return {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
 
     def margins(self, pool: str) -> dict[str, float]:
-        """How far the encoder is above its highest floor, as shares; more than 0.03 at 2,000 test images counts.
+        """How far the encoder is above its highest floor; more than 0.03 at 2,000 test images counts.
 
         Floors are all pixel rows and the random encoder with the same pool.
         """
@@ -174,7 +174,7 @@ def score_features(
     probe: str = "lbfgs",
     device: torch.device | str | None = None,
 ) -> list[ScoreRow]:
-    """One row for each features of `train`, in its order; names are "features pool" with the pool as last word."""
+    """One row for each kind of features in `train`, named "features pool" with the pool as last word."""
     fits = {"lbfgs": fit_linear_probe, "sgd": fit_linear_probe_sgd, "none": None}
     if probe not in fits:
         raise ValueError(f"probe {probe!r} is unknown; use one of {', '.join(fits)}")
