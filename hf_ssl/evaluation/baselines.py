@@ -74,10 +74,10 @@ def random_encoder(encoder: nn.Module, batches: Iterable[Tensor], seed: int = 0)
 def estimate_batchnorm_statistics(encoder: nn.Module, batches: Iterable[Tensor]) -> None:
     """Sets the running statistics of every BatchNorm to their mean over `batches`; nothing else changes.
 
-    Without it a random network is judged with statistics (0, 1) that fit no data, and a short run with those of
-    its augmented views.
+    Without it a random network is judged with statistics (0, 1) that fit no data, and a short run with those
+    of its augmented views.
     """
-    norms = [module for module in encoder.modules() if getattr(module, "running_mean", None) is not None]
+    norms: list[Any] = [m for m in encoder.modules() if getattr(m, "running_mean", None) is not None]
     if not norms:
         return
     device = next(encoder.parameters()).device

@@ -18,8 +18,8 @@ def check_features(features_ND: Tensor, name: str = "features") -> Tensor:
     if is_bad_N.any():
         first = int(is_bad_N.nonzero()[0])
         raise ValueError(
-            f"{name} hold NaN or infinity in {int(is_bad_N.sum())} of {len(is_bad_N)} rows, first row {first}; "
-            "the encoder's weights or its precision are broken"
+            f"{name} hold NaN or infinity in {int(is_bad_N.sum())} of {len(is_bad_N)} rows, "
+            f"first row {first}; the encoder's weights or its precision are broken"
         )
     return features_ND if features_ND.dtype == torch.float64 else features_ND.float()
 

@@ -5,7 +5,6 @@ and perhaps `pooler_output`: our `<M>Model`, `ViTModel` and its relatives, `Timm
 Shape suffixes in this file: B = images in a batch, T = tokens with prefix, D = width, H, W = grid or image.
 """
 
-import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,18 +16,21 @@ from torch.nn import functional as F
 
 from hf_ssl.evaluation.images import ImageBatch
 
-logger = logging.getLogger(__name__)
-
 Pool = Literal["pooler", "class_token", "mean", "grid2"]
 POOLS: tuple[str, ...] = get_args(Pool)
 
 
 @dataclass
 class FeatureSet:
-    """Features of one data set: `features[name]` is (images, width) float32; `labels` is None without labels."""
+    """Features of one data set: `features[name]` is (images, width) float32; `labels` may be None."""
 
     features: dict[str, Tensor]
     labels: Tensor | None
+
+    @property
+    def num_images(self) -> int:
+        """Rows of every feature matrix."""
+        return len(next(iter(self.features.values())))
 
     def to(self, device: torch.device | str) -> "FeatureSet":
         """The same features on another device."""
@@ -55,8 +57,7 @@ def pool_tokens(
     Raises:
         ValueError: `pool` is unknown or this encoder has no such thing.
     """
-    if pool not in POOLS:
-        raise ValueError(f"pool {pool!r} is unknown; use one of {', '.join(POOLS)}")
+    _check_pool(pool)
     if pool == "pooler":
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError('pool "pooler": this encoder has no pooled output; use "mean"')
@@ -69,6 +70,11 @@ def pool_tokens(
     if pool == "mean":
         return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, num_prefix_tokens:].mean(dim=1)
     return _pool_quarters(_as_map(hidden, num_prefix_tokens, grid))
+
+
+def _check_pool(pool: str) -> None:
+    if pool not in POOLS:
+        raise ValueError(f"pool {pool!r} is unknown; use one of {', '.join(POOLS)}")
 
 
 def _as_map(hidden: Tensor, num_prefix_tokens: int, grid: tuple[int, int] | None) -> Tensor:
@@ -91,7 +97,7 @@ def _pool_quarters(map_BDHW: Tensor) -> Tensor:
 def default_pools(encoder: nn.Module, pixel_values: Tensor) -> tuple[str, ...]:
     """Pools worth reporting: "mean" and "grid2", before them "class_token" where the encoder has one.
 
-    A CNN has its global mean alone, as is usual. `pixel_values` is one image or more in the size that is used.
+    A CNN has its global mean alone, as is usual. `pixel_values` is one image or more in the size used.
     """
     with torch.inference_mode(), evaluating(encoder):
         outputs = _forward(encoder, pixel_values[:1].to(_device_of(encoder)))
@@ -166,6 +172,8 @@ class FeatureExtractor:
         self.encoder = encoder if device is None else encoder.to(device)
         self.pools = tuple(pools)
         self.dtype = dtype
+        for pool in self.pools:
+            _check_pool(pool)
         if not self.pools:
             raise ValueError(f"pools is empty; name at least one of {', '.join(POOLS)}")
 

@@ -46,13 +46,13 @@ def std_of_normalized(features_ND: Tensor) -> float:
 
 
 def alignment(first_ND: Tensor, second_ND: Tensor) -> float:
-    """Mean squared distance of the unit-length features of two views of the same images; 0 is perfect, 2 unrelated."""
+    """Mean squared distance of the unit-length features of two views of an image; 0 perfect, 2 unrelated."""
     first_ND, second_ND = (F.normalize(_at_least_float32(x), dim=1) for x in (first_ND, second_ND))
     return (first_ND - second_ND).square().sum(dim=1).mean().item()
 
 
 def uniformity(features_ND: Tensor) -> float:
-    """Log of the mean of exp(-2 squared distance) over pairs of images; 0 is collapsed, towards -4 is spread."""
+    """Log of the mean of exp(-2 squared distance) over pairs of images; 0 collapsed, towards -4 spread."""
     unit_ND = F.normalize(_at_least_float32(features_ND), dim=1)
     squared_distance = torch.pdist(unit_ND).square()
     return torch.logsumexp(-2 * squared_distance, dim=0).item() - math.log(len(squared_distance))

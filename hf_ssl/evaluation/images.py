@@ -1,13 +1,15 @@
 """Batches of processed images from any source, in order, without augmentation."""
 
-import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
+
+from hf_ssl.data.decoding import BrokenImageError, decode_image
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +18,7 @@ Source = Any
 
 
 class ImageBatch(NamedTuple):
-    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and their row numbers in the source."""
+    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and row numbers in the source."""
 
     pixel_values: Tensor
     labels: Tensor | None
@@ -40,18 +42,18 @@ def read_batches(
     Raises:
         ValueError: some rows have a label and some have none.
     """
-    rows = enumerate(_rows(source, limit, start), start=start)
+    rows = enumerate(read_rows(source, limit, start), start=start)
     while chunk := list(islice(rows, batch_size)):
         pictures, labels, row_ids = [], [], []
         for row_id, row in chunk:
-            picture = _decode(row["image"], row_id)
+            picture = decode_picture(row["image"], row_id)
             if picture is not None:
                 pictures.append(picture)
                 labels.append(row.get("label"))
                 row_ids.append(row_id)
         if pictures:
             pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
-            yield ImageBatch(pixel_values, _label_tensor(labels, row_ids), row_ids)
+            yield ImageBatch(pixel_values, label_tensor(labels, row_ids), row_ids)
 
 
 def source_name(source: Source) -> str:
@@ -65,7 +67,8 @@ def count_classes(source: Source, labels: Tensor) -> int:
     return max(len(names) if names else 0, int(labels.max()) + 1)
 
 
-def _rows(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str, Any]]:
+def read_rows(source: Source, limit: int | None = None, start: int = 0) -> Iterator[Mapping[str, Any]]:
+    """Undecoded rows {"image", "label"} of a source or of a list of rows, in order."""
     if hasattr(source, "rows"):
         return iter(source.rows(limit=limit, start=start))
     if isinstance(source, Sequence):
@@ -75,19 +78,17 @@ def _rows(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str
     )
 
 
-def _decode(image: Any, row_id: int) -> Any:
+def decode_picture(image: Any, row_id: int) -> Image.Image | None:
     """RGB picture, or None (with a line in the log) if it cannot be read."""
-    from PIL import Image
-
     try:
-        picture = Image.open(io.BytesIO(image)) if isinstance(image, bytes) else image
-        return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        logger.warning("row %d left out: its image cannot be read (%s)", row_id, error)
+        return Image.fromarray(decode_image(image))
+    except BrokenImageError as error:
+        logger.warning("row %d left out: %s", row_id, error)
         return None
 
 
-def _label_tensor(labels: list[Any], row_ids: list[int]) -> Tensor | None:
+def label_tensor(labels: list[Any], row_ids: list[int]) -> Tensor | None:
+    """Labels as a tensor, or None if no row has one."""
     missing = [row_id for row_id, label in zip(row_ids, labels, strict=True) if label is None]
     if len(missing) == len(labels):
         return None

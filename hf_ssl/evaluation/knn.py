@@ -1,8 +1,8 @@
 """Weighted nearest-neighbour classification of features.
 
 Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; compared with DINO's `eval_knn.py`, from which it
-differs on purpose: the number of neighbours is clamped to the bank, and chunks have a fixed size (the authors'
-hundredth of the test set fails under 100 images).
+differs on purpose: the number of neighbours is clamped to the bank, and chunks have a fixed size (the
+authors' hundredth of the test set fails under 100 images).
 Shape suffixes in this file: Q = queries, N = bank (training images), D = width, K = neighbours, C = classes.
 """
 
@@ -46,7 +46,7 @@ def knn_scores(
         chunk_size: queries at a time: the matrix of cosines never has more rows. No effect on the result.
 
     Returns:
-        (Q, C) in at least float32. With one neighbour of the same direction its class scores exp(1 / temperature).
+        (Q, C) in at least float32. One neighbour of the same direction gives its class exp(1 / temperature).
 
     Raises:
         ValueError: temperature, neighbours or chunk are not positive, or features or labels are unusable.
@@ -108,7 +108,7 @@ def knn_accuracy(
         train, test = train - mean_D, test - mean_D
     if standardize:
         deviation_D = train.std(dim=0, correction=0)
-        # A constant dimension tells nothing apart: it stays 0 in the bank and must not blow up in the test set.
+        # A constant dimension tells nothing apart and must not blow up in the test set.
         scale_D = torch.where(deviation_D > 0, 1 / deviation_D, 0)
         train, test = train * scale_D, test * scale_D
     num_classes = max(int(train_labels.max()), int(test_labels.max())) + 1

@@ -1,7 +1,8 @@
 """Linear classifier on frozen features: L-BFGS with a chosen L2 strength, or SGD with a chosen learning rate.
 
-Both standardise the features, since the best learning rate and strength otherwise vary by orders of magnitude
-with the features' length (MoCo's need a rate of 30), and both return a classifier for the features as they came.
+Both standardise the features, since the best learning rate and strength otherwise vary by orders of
+magnitude with the features' length (MoCo's need a rate of 30), and both return a classifier for the features
+as they came.
 Choices are made on a held-out part of the training set, never on the test set.
 The L2 term is strength / 2 * |W|^2 beside the mean cross-entropy; scikit-learn's C is 1 / (N * strength).
 Shape suffixes in this file: N = images, D = width, C = classes, S = settings tried at once.
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from hf_ssl.evaluation.checks import check_features, check_labels
 from hf_ssl.evaluation.metrics import top_k_accuracy
 
-DEFAULT_STRENGTHS = (0.1, 0.01, 0.001)
+DEFAULT_STRENGTHS = (0.1, 0.01, 0.001, 0.0001)
 DEFAULT_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # per 256 images a batch
 
 
@@ -26,20 +27,20 @@ class LinearProbe:
     """A fitted linear classifier of raw features; standardisation is folded into it.
 
     Attributes:
-        weight_CD: weights.
-        bias_C: biases.
+        weight: (C, D).
+        bias: (C,).
         chosen: the L2 strength or learning rate that was best on the held-out part.
         held_out_accuracy: top-1 there, for every value that was tried.
     """
 
-    weight_CD: Tensor
-    bias_C: Tensor
+    weight: Tensor
+    bias: Tensor
     chosen: float
     held_out_accuracy: dict[float, float]
 
     def scores(self, features_ND: Tensor) -> Tensor:
         """Class scores (N, C), logits."""
-        return F.linear(check_features(features_ND).to(self.weight_CD.dtype), self.weight_CD, self.bias_C)
+        return F.linear(check_features(features_ND).to(self.weight.dtype), self.weight, self.bias)
 
     def accuracy(self, features_ND: Tensor, labels_N: Tensor | None, k: int = 1) -> float:
         """Top-k accuracy between 0 and 1."""
@@ -94,7 +95,7 @@ def fit_linear_probe_sgd(
 ) -> LinearProbe:
     """Linear probe as papers train it: SGD without weight decay, cosine rate, best of several rates.
 
-    Momentum 0.9, BatchNorm without affine part before the linear layer (as MAE), features without augmentation.
+    Momentum 0.9, BatchNorm without affine part before the linear layer (as MAE), no augmentation.
     For training sets whose L-BFGS does not fit into memory.
 
     Args:

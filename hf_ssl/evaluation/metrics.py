@@ -13,7 +13,8 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int = 1) -> float:
     Args:
         scores_NC: any real scores, higher is better.
         labels_N: true classes, 0 to C - 1.
-        k: how many classes may be named; more than C counts as C. Of equal scores the lower class is named first.
+        k: how many classes may be named; more than C counts as C. Of equal scores the lower class
+            is named first.
 
     Returns:
         A share between 0 and 1; with k >= C it is 1.

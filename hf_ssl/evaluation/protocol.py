@@ -5,8 +5,10 @@ the encoder. Columns: kNN plain, centred and standardised, and a linear probe. A
 processed alike, in one pass through the data. The test set chooses nothing.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from hf_ssl.evaluation.checks import check_labels
 from hf_ssl.evaluation.features import FeatureExtractor, FeatureSet, collect_features, default_pools
 from hf_ssl.evaluation.images import ImageBatch, Source, read_batches, source_name
 from hf_ssl.evaluation.knn import knn_accuracy
-from hf_ssl.evaluation.linear_probe import fit_linear_probe, fit_linear_probe_sgd
+from hf_ssl.evaluation.linear_probe import LinearProbe, fit_linear_probe, fit_linear_probe_sgd
 
 ENCODER, RANDOM, PIXELS = "encoder", "random init", "pixels"
 NUM_STATISTICS_IMAGES = 2048  # for BatchNorm statistics of the random network
@@ -55,7 +57,7 @@ class Scores:
         return {"protocol": self.protocol, "rows": [asdict(row) for row in self.rows]}
 
     def margins(self, pool: str) -> dict[str, float]:
-        """How far the encoder is above its highest floor, as shares; more than 0.03 at 2,000 test images counts.
+        """How far the encoder is above its highest floor; more than 0.03 at 2,000 test images counts.
 
         Floors are all pixel rows and the random encoder with the same pool.
         """
@@ -132,11 +134,10 @@ def evaluate_encoder(
     Raises:
         ValueError: no images, no labels, one class only, an unknown pool or probe.
     """
-    train_batches = _batches(train_source, processor, batch_size, train_limit)
-    first = next(train_batches, None)
-    if first is None:
-        raise ValueError("the training source has no readable image; check its path, split and limit")
-    check_labels(first.labels, len(first.pixel_values), name="train labels")
+    _probe_named(probe)
+    # The first batches are looked at before the long work: a missing label must not show at its end.
+    train_batches, first = _look_ahead(_batches(train_source, processor, batch_size, train_limit), "train")
+    test_batches, _ = _look_ahead(_batches(test_source, processor, batch_size, test_limit), "test")
     pools = tuple(pools) if pools is not None else default_pools(encoder, first.pixel_values)
     extractors: dict[str, Any] = {}
     if floors:
@@ -148,16 +149,16 @@ def evaluate_encoder(
             RANDOM: FeatureExtractor(initial_encoder, pools, device, dtype),
         }
     extractors[ENCODER] = FeatureExtractor(encoder, pools, device, dtype)
-    train = collect_features(extractors, _chain(first, train_batches))
-    test = collect_features(extractors, _batches(test_source, processor, batch_size, test_limit))
+    train = collect_features(extractors, train_batches)
+    test = collect_features(extractors, test_batches)
     rows = score_features(
         train, test, num_neighbors=num_neighbors, temperature=temperature, probe=probe, device=device
     )
     protocol = {
         "train": _name(train_source),
         "test": _name(test_source),
-        "train_images": len(train.labels) if train.labels is not None else 0,
-        "test_images": len(test.labels) if test.labels is not None else 0,
+        "train_images": train.num_images,
+        "test_images": test.num_images,
         "num_neighbors": num_neighbors,
         "temperature": temperature,
         "probe": probe,
@@ -174,36 +175,42 @@ def score_features(
     probe: str = "lbfgs",
     device: torch.device | str | None = None,
 ) -> list[ScoreRow]:
-    """One row for each features of `train`, in its order; names are "features pool" with the pool as last word."""
-    fits = {"lbfgs": fit_linear_probe, "sgd": fit_linear_probe_sgd, "none": None}
-    if probe not in fits:
-        raise ValueError(f"probe {probe!r} is unknown; use one of {', '.join(fits)}")
+    """One row for each kind of features in `train`, named "features pool" with the pool as last word."""
+    fit = _probe_named(probe)
+    train, test = (features if device is None else features.to(device) for features in (train, test))
     rows = []
-    for name in train.features:
-        bank, bank_labels, query, query_labels = (
-            None if tensor is None else tensor.to(device or tensor.device)
-            for tensor in (train.features[name], train.labels, test.features[name], test.labels)
+    for name, bank in train.features.items():
+        query = test.features[name]
+        knn = partial(
+            knn_accuracy,
+            bank,
+            train.labels,
+            query,
+            test.labels,
+            num_neighbors=num_neighbors,
+            temperature=temperature,
         )
-        assert bank is not None and query is not None
-        knn = [
-            knn_accuracy(
-                bank,
-                bank_labels,
-                query,
-                query_labels,
-                num_neighbors=num_neighbors,
-                temperature=temperature,
-                **how,
-            ).top1
-            for how in ({}, {"center": True}, {"standardize": True})
-        ]
-        fit = fits[probe]
-        fitted = fit(bank, bank_labels) if fit else None
-        linear = fitted.accuracy(query, query_labels) if fitted else None
+        fitted = fit(bank, train.labels) if fit else None
         features, _, pool = name.rpartition(" ")
-        chosen = fitted.chosen if fitted else None
-        rows.append(ScoreRow(features or ENCODER, pool, bank.shape[1], *knn, linear, chosen))
+        row = ScoreRow(
+            features=features or ENCODER,
+            pool=pool,
+            width=bank.shape[1],
+            knn=knn().top1,
+            knn_centered=knn(center=True).top1,
+            knn_standardized=knn(standardize=True).top1,
+            linear=fitted.accuracy(query, test.labels) if fitted else None,
+            l2_strength=fitted.chosen if fitted and probe == "lbfgs" else None,
+        )
+        rows.append(row)
     return rows
+
+
+def _probe_named(name: str) -> Callable[[Tensor, Tensor | None], LinearProbe] | None:
+    probes = {"lbfgs": fit_linear_probe, "sgd": fit_linear_probe_sgd, "none": None}
+    if name not in probes:
+        raise ValueError(f"probe {name!r} is unknown; use one of {', '.join(probes)}")
+    return probes[name]
 
 
 def _batches(source: Source, processor: Any, batch_size: int, limit: int | None) -> Iterator[ImageBatch]:
@@ -227,9 +234,13 @@ def _pixels(batches: Iterable[ImageBatch], num_images: int) -> Iterator[Tensor]:
         yield batch.pixel_values
 
 
-def _chain(first: ImageBatch, rest: Iterable[ImageBatch]) -> Iterator[ImageBatch]:
-    yield first
-    yield from rest
+def _look_ahead(batches: Iterator[ImageBatch], name: str) -> tuple[Iterator[ImageBatch], ImageBatch]:
+    """The same batches, and the first of them, which must have labels."""
+    first = next(batches, None)
+    if first is None:
+        raise ValueError(f"the {name} source has no readable image; check its path, split and limit")
+    check_labels(first.labels, len(first.pixel_values), name=f"{name} labels")
+    return chain([first], batches), first
 
 
 def _percent(share: float | None) -> str:

@@ -37,7 +37,7 @@ def vit():
 
 
 def tokens(num_prefix_tokens=1):
-    """Prefix tokens of -1, then patches 0 to 15 of a 4 x 4 grid; width 2, the second value is ten times the first."""
+    """Prefix tokens of -1, then patches 0 to 15 of a 4 x 4 grid; width 2, the second ten times the first."""
     values = torch.cat([torch.full((num_prefix_tokens,), -1.0), torch.arange(16.0)])
     return SimpleNamespace(
         last_hidden_state=torch.stack([values, 10 * values], dim=1)[None], pooler_output=None

@@ -25,7 +25,7 @@ def test_weights_equal_scikit_learns_at_the_same_strength():
     reference = LogisticRegression(C=1 / (400 * 0.01), tol=1e-6, max_iter=1000)
     reference.fit(((features - mean) / deviation).numpy(), labels.numpy())
     weight = torch.from_numpy(reference.coef_) / deviation
-    assert_close(probe.weight_CD, weight, rtol=0, atol=1e-3)
+    assert_close(probe.weight, weight, rtol=0, atol=1e-3)
 
 
 def test_accuracy_equals_scikit_learns_within_a_fifth_of_a_point():
@@ -66,7 +66,7 @@ def test_values_solved_together_equal_values_solved_alone(fit):
     features, labels, _ = gaussian_classes(300)
     together = fit(features.double(), labels, (0.3, 0.01))
     alone = fit(features.double(), labels, (together.chosen,))
-    assert_close(together.weight_CD, alone.weight_CD)
+    assert_close(together.weight, alone.weight)
     assert set(together.held_out_accuracy) == {0.3, 0.01}
 
 
@@ -84,7 +84,7 @@ def test_strength_is_chosen_by_the_held_out_part():
 def test_constant_dimensions_get_no_weight():
     features, labels, _ = gaussian_classes(200)
     padded = torch.cat([features, torch.full((200, 2), 0.1)], dim=1)
-    weight = fit_linear_probe(padded, labels, [0.01]).weight_CD
+    weight = fit_linear_probe(padded, labels, [0.01]).weight
     assert torch.isfinite(weight).all() and (weight[:, -2:] == 0).all()
 
 
