@@ -3,9 +3,10 @@
 import hashlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from hf_ssl.data.sample import SAMPLE_DIR, load_sample
+from hf_ssl.data.sample import SAMPLE_DIR, load_retrieval_task, load_sample
 
 
 def test_split_and_design_give_the_documented_number_of_rows():
@@ -79,3 +80,26 @@ def test_files_are_small_and_carry_their_licences():
     notice = Path(SAMPLE_DIR / "NOTICE.md").read_text()
     assert "Apache License 2.0" in notice and "CC-BY 4.0" in notice
     assert "Apache License" in (SAMPLE_DIR / "LICENSE-NOTO.txt").read_text()
+
+
+def test_right_answer_to_query_i_is_row_i_of_the_gallery():
+    gallery, queries = load_retrieval_task()
+    assert gallery["emoji"][:] == queries["emoji"][:] == sorted(set(queries["emoji"]))
+    assert set(gallery["design"]) == {0} and set(queries["design"]) == {1}
+
+
+def test_a_query_is_the_mirrored_middle_of_its_picture():
+    gallery, queries = load_retrieval_task()
+    picture = np.asarray(load_sample("test", design="twemoji")[7]["image"].convert("RGB"))
+    query = np.asarray(queries[7]["image"].convert("RGB"))
+    assert query.shape == (48, 48, 3)
+    np.testing.assert_array_equal(query, picture[8:56, 8:56][:, ::-1])
+
+
+def test_the_task_leaves_no_trace_and_is_the_same_each_time(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    first, second = (load_retrieval_task()[1] for _ in range(2))
+    assert first.cache_files == [] and list(tmp_path.iterdir()) == []
+    assert first.data.table.equals(second.data.table)
