@@ -1,0 +1,147 @@
+"""Export of the trained encoder as a native transformers or timm model that needs none of this package.
+
+Every export is loaded again and compared with our encoder before its folder appears.
+"""
+
+import copy
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers.image_processing_backends import TorchvisionBackend
+
+from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
+from hf_ssl.hub.landing_timm import land_timm
+from hf_ssl.hub.landing_vit import land_vit
+from hf_ssl.hub.native import Landing
+from hf_ssl.hub.parity import check_parity
+from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
+from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
+from hf_ssl.modeling.shared.vit import SSLViTBackbone
+
+logger = logging.getLogger(__name__)
+
+REPORT_FILE = "export.json"
+_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", REPORT_FILE)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported.
+
+    Attributes:
+        native_class: class that `AutoModel` builds from the folder.
+        folder: where it is.
+        max_abs_difference: of features and pooled output between our encoder and the reloaded one, float32.
+        notes: what a user of the folder should know; cards print them.
+        how_to_load: Python lines that work without this package.
+    """
+
+    native_class: str
+    folder: str
+    max_abs_difference: float
+    notes: tuple[str, ...]
+    how_to_load: tuple[str, ...]
+
+
+def export_encoder(
+    model_or_run_folder: SSLPreTrainedModel | str | Path,
+    folder: str | Path,
+    processor: TorchvisionBackend | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write the encoder as a native model.
+
+    Args:
+        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch is taken), or the folder
+            of a run or checkpoint.
+        folder: target; absent, empty or an earlier export.
+        processor: the image processor; None takes the run folder's, else the method's own.
+        overwrite: replace whatever the target holds.
+
+    Returns:
+        The report, which is also written into the folder as `export.json`.
+
+    Raises:
+        FileExistsError: the target holds something else.
+        FileNotFoundError: the run folder holds no checkpoint.
+        ValueError: no native class computes what the encoder computes, or the reloaded export differs from it.
+    """
+    folder = Path(folder).absolute()
+    if isinstance(model_or_run_folder, str | Path):
+        source = Path(model_or_run_folder).resolve()
+        if source.is_relative_to(folder.resolve()):
+            raise ValueError(f"the target {folder} would replace the run it is made from; give another folder")
+    refuse_foreign_folder(folder, _FILES, REPORT_FILE, overwrite)
+    model, processor, notes = _load(model_or_run_folder, processor)
+    backbone = _plain_copy(model)
+    _check_channels(backbone, processor)
+    landing = land_timm(backbone, processor) if isinstance(backbone, SSLTimmBackbone) else land_vit(backbone, processor)
+    reports = []
+
+    def write(partial: Path) -> None:
+        landing.write(partial)
+        difference = check_parity(backbone, processor, landing, partial)
+        reports.append(_report(landing, folder, difference, notes))
+        (partial / REPORT_FILE).write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
+
+    write_whole_folder(folder, write)
+    logger.info("exported %s to %s, difference %.1e", *list(asdict(reports[0]).values())[:3])
+    return reports[0]
+
+
+def _load(
+    model_or_run_folder: SSLPreTrainedModel | str | Path, processor: TorchvisionBackend | None
+) -> tuple[SSLPreTrainedModel, TorchvisionBackend, list[str]]:
+    from transformers import AutoImageProcessor, AutoModel
+
+    model, notes = model_or_run_folder, []
+    if isinstance(model, str | Path):
+        run = Path(model)
+        if not (run / "config.json").is_file():
+            raise FileNotFoundError(f"{run} holds no config.json; give the folder of a run or of a checkpoint")
+        model = AutoModel.from_pretrained(run, dtype=torch.float32)
+        if processor is None and (run / "preprocessor_config.json").is_file():
+            processor = AutoImageProcessor.from_pretrained(run)
+    if not isinstance(model, SSLModel | SSLForPreTraining):
+        raise ValueError(f"{type(model).__name__} is no model of this package; it may be native already")
+    if processor is None:
+        method = next(method for method in METHODS.values() if isinstance(model.config, method.config_class))
+        processor = method.processor_class.for_image_size(model.config.image_size)
+        notes.append(f"no image processor was given: the folder has {method.prefix}'s own for the training size")
+    return model, processor, notes
+
+
+def _plain_copy(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
+    """The encoder's backbone in float32 on the CPU, in eval mode; the model itself is left as it is."""
+    branch = model.published_branch() if isinstance(model, SSLForPreTraining) else model
+    backbone = copy.deepcopy(branch.backbone).to("cpu", torch.float32).eval()
+    backbone.config._attn_implementation = "sdpa"
+    return backbone  # type: ignore[no-any-return]
+
+
+def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: TorchvisionBackend) -> None:
+    channels = backbone.config.num_channels
+    if processor.do_normalize and len(processor.image_mean) != channels:
+        raise ValueError(
+            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass a "
+            f"processor with {channels} values of image_mean and image_std"
+        )
+
+
+def _report(landing: Landing, folder: Path, difference: float, notes: list[str]) -> ExportReport:
+    lines = [
+        "from transformers import AutoImageProcessor, AutoModel",
+        f'model = AutoModel.from_pretrained("{folder}")',
+        f'processor = AutoImageProcessor.from_pretrained("{folder}")',
+    ]
+    if landing.native_class == "TimmWrapperModel":
+        lines += [
+            "import timm",
+            f'model = timm.create_model("local-dir:{folder}", pretrained=True)',
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        ]
+    return ExportReport(landing.native_class, str(folder), difference, (*notes, *landing.notes), tuple(lines))

@@ -1,0 +1,145 @@
+"""Our ViT as a native transformers model.
+
+`ViTModel` takes every plain ViT with a class token: names in memory are ours, the pooler is the identity, so
+that `pooler_output` is the class token. `IJepaModel` takes ViTs without class token; the DINOv2 classes take
+registers and gated MLPs. LayerScale, where the native class has none, is folded into the Linear before it:
+lambda * (W x + b) = (lambda W) x + lambda b.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.image_processing_backends import TorchvisionBackend
+
+from hf_ssl.hub.native import Landing
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.vit import SSLViTBackbone
+
+_PROCESSOR_FIELDS = (
+    "do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale",
+    "rescale_factor", "do_normalize", "image_mean", "image_std",
+)  # fmt: skip
+
+
+def land_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend) -> Landing:
+    """Choose the native class of a ViT.
+
+    Raises:
+        ValueError: no native class computes what the backbone computes.
+    """
+    native_class = choose_native_class(backbone.config)
+    notes = []
+    if native_class == "IJepaModel":
+        notes.append(
+            "no class token: the native class has no pooled output (pool=True fails); average last_hidden_state"
+        )
+    if backbone.config.use_mask_token:
+        notes.append("the mask token stays in the pre-training checkpoint")
+    names = [f"layers.{index}" for index in range(backbone.config.num_hidden_layers)]
+    return Landing(
+        native_class=native_class,
+        write=lambda folder: write_vit(backbone, processor, native_class, folder),
+        state_names=["embeddings", *names],
+        has_pooled_output=native_class != "IJepaModel",
+        notes=notes,
+    )
+
+
+def choose_native_class(config: SSLViTConfig) -> str:
+    """Name of the transformers class for a backbone config.
+
+    Raises:
+        ValueError: there is none.
+    """
+    plain = not config.num_register_tokens and not config.use_swiglu_ffn
+    if plain:
+        return "ViTModel" if config.use_class_token else "IJepaModel"
+    if not config.use_class_token:
+        raise ValueError(
+            "no native class has registers or a gated MLP but no class token; train with use_class_token=True"
+        )
+    if config.intermediate_size % config.hidden_size:  # type: ignore[operator]
+        raise ValueError(
+            f"the native class needs an intermediate_size that is a multiple of hidden_size {config.hidden_size}, "
+            f"got {config.intermediate_size}"
+        )
+    return "Dinov2WithRegistersModel" if config.num_register_tokens else "Dinov2Model"
+
+
+def write_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend, native_class: str, folder: Path) -> None:
+    """Write the native model and its `ViTImageProcessor`."""
+    from transformers import ViTImageProcessor
+
+    model = _build_native(backbone.config, native_class)
+    is_dinov2 = native_class.startswith("Dinov2")
+    state = (_dinov2_state if is_dinov2 else _vit_state)(backbone, native_class)
+    model.load_state_dict(state, strict=True)
+    model.save_pretrained(folder)
+    options = {name: getattr(processor, name) for name in _PROCESSOR_FIELDS if getattr(processor, name) is not None}
+    ViTImageProcessor(**options).save_pretrained(folder)
+
+
+def _build_native(config: SSLViTConfig, native_class: str) -> PreTrainedModel:
+    import transformers
+
+    model_class = getattr(transformers, native_class)
+    shared = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "num_channels",
+        "hidden_act", "qkv_bias", "layer_norm_eps",
+    )  # fmt: skip
+    options: dict[str, Any] = {name: getattr(config, name) for name in shared}
+    if native_class.startswith("Dinov2"):
+        options["mlp_ratio"] = config.intermediate_size // config.hidden_size  # type: ignore[operator]
+        options["use_swiglu_ffn"] = config.use_swiglu_ffn
+        if config.num_register_tokens:
+            options["num_register_tokens"] = config.num_register_tokens
+    else:
+        options["intermediate_size"] = config.intermediate_size
+        options["encoder_stride"] = config.patch_size
+    if native_class == "ViTModel":
+        options["pooler_act"] = "linear"  # with the identity weight: the class token, not a random projection of it
+    native_config = model_class.config_class(**options)
+    # AutoModel builds I-JEPA without pooler, but the class itself may not.
+    return model_class(native_config)
+
+
+def _vit_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]:
+    state = _fold_layer_scale(backbone.state_dict())
+    state.pop("embeddings.mask_token", None)
+    if native_class == "ViTModel":
+        state["pooler.dense.weight"] = torch.eye(backbone.hidden_size)
+        state["pooler.dense.bias"] = torch.zeros(backbone.hidden_size)
+    return state
+
+
+def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Multiply each LayerScale into the rows of the Linear before it, rounded once."""
+    folded = {name: tensor for name, tensor in state.items() if not name.endswith(".lambda1")}
+    for name in state.keys() - folded.keys():
+        layer, scale = name.rsplit(".", 2)[0], state[name].double()
+        linear = f"{layer}.attention.o_proj" if ".layer_scale1." in name else f"{layer}.mlp.fc2"
+        folded[f"{linear}.weight"] = (state[f"{linear}.weight"].double() * scale[:, None]).float()
+        folded[f"{linear}.bias"] = (state[f"{linear}.bias"].double() * scale).float()
+    return folded
+
+
+def _dinov2_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]:
+    width = backbone.hidden_size
+    state: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, width)}
+    for index in range(backbone.config.num_hidden_layers):  # identity where ours has no LayerScale
+        for number in (1, 2):
+            state[f"encoder.layer.{index}.layer_scale{number}.lambda1"] = torch.ones(width)
+    for name, tensor in backbone.state_dict().items():
+        name = re.sub(r"^layers\.", "encoder.layer.", name)
+        name = name.replace("layernorm_before", "norm1").replace("layernorm_after", "norm2")
+        if ".weights_in." in name:
+            gate, value = tensor.chunk(2)
+            state[name.replace("weights_in", "gate_proj")] = gate.clone()
+            state[name.replace("weights_in", "up_proj")] = value.clone()
+        elif name != "embeddings.mask_token":
+            state[name.replace("weights_out", "down_proj")] = tensor
+    return state
