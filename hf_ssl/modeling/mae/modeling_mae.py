@@ -7,6 +7,8 @@ Shape suffixes: B = images, N = patches, M = visible patches, D = encoder width,
 P = pixel values of a patch, 3 * patch_size**2.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
@@ -18,8 +20,8 @@ from hf_ssl.modeling.shared.losses import masked_patch_loss
 from hf_ssl.modeling.shared.masks import num_kept_patches, random_masking
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import normalize_patches, patchify
-from hf_ssl.modeling.shared.positions import sincos_positions
-from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel
+from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, generator_of_step
 from hf_ssl.modeling.shared.vit import SSLViTLayers, set_vit_initialization
 
 from .configuration_mae import MAEConfig
@@ -70,12 +72,13 @@ class MAEDecoder(nn.Module):
         )
         init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
 
-    def forward(self, tokens_BTD: Tensor, restore_index_BN: Tensor) -> Tensor:
+    def forward(self, tokens_BTD: Tensor, restore_index_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict all patches.
 
         Args:
             tokens_BTD: encoder tokens, prefix first, then the M visible patches in shuffled order.
             restore_index_BN: place of every patch in the order (visible, hidden).
+            grid: (rows, columns) of patches; positions are resized where it is not the training grid.
 
         Returns:
             Predicted pixels (B, N, P), inner order (row, column, channel).
@@ -85,7 +88,9 @@ class MAEDecoder(nn.Module):
         num_hidden = restore_index_BN.shape[1] - visible.shape[1]
         hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_hidden, -1)
         index = restore_index_BN.unsqueeze(-1).expand(-1, -1, visible.shape[-1])
-        patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + self.position_embeddings
+        trained = (self.grid_size, self.grid_size)
+        positions_1NE = resize_positions(self.position_embeddings, trained, grid, has_class_token=False)
+        patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + positions_1NE
         states, _ = self.layers.run(torch.cat([prefix, patches_BNE], dim=1))
         return self.predict(self.layernorm(states[-1])[:, self.num_prefix_tokens :])
 
@@ -120,13 +125,13 @@ class MAEForPreTraining(SSLForPreTraining):
         """Draw the masks of all rows of the step, the same on every process."""
         pixel_values = batches[0]["pixel_values"]
         num_rows = world_size() * sum(len(batch["pixel_values"]) for batch in batches)
-        generator = torch.Generator().manual_seed(hash(self._mask_seed) % 2**63)
-        noise = torch.rand(num_rows, self._num_patches(pixel_values), generator=generator)
+        generator = generator_of_step(*self._mask_seed)
+        noise = torch.rand(num_rows, math.prod(self._grid(pixel_values)), generator=generator)
         self._noise_of_step = noise.to(pixel_values.device)
 
-    def _num_patches(self, pixel_values: Tensor) -> int:
+    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         patch_size = self.config.backbone_config.patch_size
-        return (pixel_values.shape[-2] // patch_size) * (pixel_values.shape[-1] // patch_size)
+        return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
     def forward(
         self,
@@ -154,7 +159,7 @@ class MAEForPreTraining(SSLForPreTraining):
         num_kept = self._num_kept(noise_BN, bool_masked_pos)
         kept_index_BM, restore_index_BN, is_masked_BN = random_masking(noise_BN, num_kept)
         tokens = self.student.backbone(pixel_values, kept_index=kept_index_BM).last_hidden_state
-        predictions_BNP = self.student.head(tokens, restore_index_BN)
+        predictions_BNP = self.student.head(tokens, restore_index_BN, self._grid(pixel_values))
         targets_BNP = patchify(pixel_values, self.config.backbone_config.patch_size)
         if self.config.normalize_targets:
             targets_BNP = normalize_patches(targets_BNP)
@@ -178,16 +183,16 @@ class MAEForPreTraining(SSLForPreTraining):
             return noise
         if row_index is not None and self._noise_of_step is not None:
             return self._noise_of_step[row_index]
-        return torch.rand(len(pixel_values), self._num_patches(pixel_values), device=pixel_values.device)
+        return torch.rand(len(pixel_values), math.prod(self._grid(pixel_values)), device=pixel_values.device)
 
     def _num_kept(self, noise_BN: Tensor, bool_masked_pos: Tensor | None) -> int:
         if bool_masked_pos is None:
             return num_kept_patches(noise_BN.shape[1], self.config.mask_ratio)
         counts_B = (~bool_masked_pos).sum(dim=1)
-        if counts_B.min() != counts_B.max() or counts_B.min() == 0:
+        if counts_B.min() != counts_B.max() or not 0 < counts_B.min() < noise_BN.shape[1]:
             raise ValueError(
-                f"bool_masked_pos must leave the same number of patches visible, at least one, in every image; got "
-                f"{int(counts_B.min())} to {int(counts_B.max())}"
+                f"bool_masked_pos must leave the same number of patches visible in every image, at least one and not "
+                f"all {noise_BN.shape[1]}; got {int(counts_B.min())} to {int(counts_B.max())}"
             )
         return int(counts_B[0])
 

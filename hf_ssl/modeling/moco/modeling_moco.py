@@ -21,7 +21,14 @@ from hf_ssl.modeling.shared.distributed import (
 from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.losses import normalize, queue_contrastive_loss
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.pretraining import Branch, SSLForPreTraining, SSLModel, split_views, std_of_normalized
+from hf_ssl.modeling.shared.pretraining import (
+    Branch,
+    SSLForPreTraining,
+    SSLModel,
+    generator_of_step,
+    split_views,
+    std_of_normalized,
+)
 from hf_ssl.modeling.shared.queue import NegativeQueue
 from hf_ssl.modeling.shared.teacher import update_teacher
 
@@ -45,6 +52,7 @@ class MoCoForPreTraining(SSLForPreTraining):
         self.student = self._build_branch(config)
         self.teacher = self._build_branch(config)
         self.queue = NegativeQueue(config.queue_length, config.projection_size)
+        self._shuffle_seed = (0, 0)
         self.finish_construction()
 
     @staticmethod
@@ -67,6 +75,7 @@ class MoCoForPreTraining(SSLForPreTraining):
     def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
         """Move the teacher before it makes keys; at step 0 it still equals the student."""
         update_teacher(self.teacher, self.student, self.config.teacher_momentum)
+        self._shuffle_seed = (seed, step)
 
     def forward(self, pixel_values: Tensor, row_index: Tensor | None = None) -> SSLOutput:
         """Contrast queries with their keys and the queue.
@@ -105,7 +114,11 @@ class MoCoForPreTraining(SSLForPreTraining):
         """
         if world_size() == 1 and self.config.batch_norm_splits == 1:
             return normalize(self.teacher(key_view)[1])
-        permutation_N = broadcast(torch.randperm(len(key_view) * world_size()).to(key_view.device))
+        # Drawn from (seed, step), so that a repeated forward deals the same groups; broadcast, because processes
+        # that disagreed would match keys to foreign queries.
+        generator = generator_of_step(*self._shuffle_seed)
+        permutation_N = torch.randperm(len(key_view) * world_size(), generator=generator)
+        permutation_N = broadcast(permutation_N.to(key_view.device))
         keys_Bd = normalize(self.teacher(shuffle_rows(key_view, permutation_N))[1])
         return unshuffle_rows(keys_Bd, permutation_N)
 

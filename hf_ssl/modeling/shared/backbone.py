@@ -7,6 +7,7 @@ because only theirs can be exported to stock timm.
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_ssl.modeling.shared.configuration import SMALL_IMAGE_SIDE, SSLTimmConfig, SSLViTConfig
@@ -27,8 +28,14 @@ class SSLTimmBackbone(nn.Module):
         self.hidden_size = int(self.network.num_features)
         if not next(self.network.parameters()).is_meta:
             # timm has initialised it as the architecture wants; `_init_weights` must not do it again.
-            for module in self.network.modules():
+            for module in self.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
+
+    def initialize_parameters(self) -> None:
+        """Start what a checkpoint lacks as timm starts it; runs only for networks built on the meta device."""
+        fresh = _create_timm_model(self.config).state_dict()
+        for name, tensor in self.network.state_dict(keep_vars=True).items():
+            init.copy_(tensor, fresh[name])
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -82,7 +89,6 @@ def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
     small = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=stride, padding=1, bias=False)
     with torch.no_grad():
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
-    small.weight_initialization = "kaiming_fan_out"  # type: ignore[assignment]
     network.conv1 = small
     network.maxpool = nn.Identity()
 

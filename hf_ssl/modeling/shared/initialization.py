@@ -48,8 +48,6 @@ def _initialize_linear(layer: nn.Linear | nn.Conv2d, rule: str) -> None:
         init.trunc_normal_(layer.weight, std=0.02)
     elif rule == "normal_0.01":
         init.normal_(layer.weight, std=0.01)
-    elif rule == "kaiming_fan_out":
-        init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     else:
         raise ValueError(f"unknown weight initialisation '{rule}'")
     if layer.bias is not None:

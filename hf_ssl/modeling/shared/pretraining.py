@@ -6,7 +6,7 @@ accumulation, recomputation and evaluation are safe; whatever moves (teacher, qu
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -232,7 +232,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        fresh = sorted(model._missing_after_sync(info))
+        fresh = sorted(model._fresh_tensors(info["missing_keys"]))
         if fresh and not allow_new_heads:
             raise ValueError(
                 f"the checkpoint lacks {len(fresh)} tensors of {cls.__name__}, e.g. '{fresh[0]}'; pass "
@@ -242,23 +242,47 @@ class SSLForPreTraining(SSLPreTrainedModel):
             logger.warning("started fresh: %d tensors, e.g. %s", len(fresh), fresh[0])
         return (model, info) if wants_info else model
 
+    @torch.no_grad()
     def _after_loading(self, info: dict[str, Any]) -> None:
-        """Copy a branch that the checkpoint lacks from the one it has."""
-        for lacking, source in (("teacher", "student"), ("student", "teacher")):
-            if self._lacks_backbone(lacking, info) and not self._lacks_backbone(source, info):
-                self.sync_branches(source)
-                logger.warning("the checkpoint has no %s; it starts as a copy of the %s", lacking, source)
-
-    def _lacks_backbone(self, branch: str, info: dict[str, Any]) -> bool:
-        return self.has_teacher and any(key.startswith(f"{branch}.backbone.") for key in info["missing_keys"])
-
-    def _missing_after_sync(self, info: dict[str, Any]) -> set[str]:
-        """Missing tensors that no copy of a branch supplied."""
-        missing = set(info["missing_keys"])
+        """Copy what only one branch has to the other; where neither has it, the teacher starts as the student."""
         if not self.has_teacher:
+            return
+        unread = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
+        state = self.state_dict()
+        for name in self.teacher.state_dict():
+            student, teacher = f"student.{name}", f"teacher.{name}"
+            if teacher in unread:
+                state[teacher].copy_(state[student])
+            elif student in unread:
+                state[student].copy_(state[teacher])
+        lacking = self._branch_without_backbone(info["missing_keys"])
+        if lacking is not None:
+            source = "student" if lacking == "teacher" else "teacher"
+            logger.warning("the checkpoint has no %s; it starts as a copy of the %s", lacking, source)
+
+    def _branch_without_backbone(self, missing: Iterable[str]) -> str | None:
+        """The branch whose backbone the checkpoint lacks entirely while it holds the other one's entirely."""
+        if not self.has_teacher:
+            return None
+        missing = set(missing)
+        names = [f"backbone.{name}" for name in self.teacher.backbone.state_dict()]  # type: ignore[union-attr]
+        counts = {branch: sum(f"{branch}.{name}" in missing for name in names) for branch in ("student", "teacher")}
+        for lacking, source in (("teacher", "student"), ("student", "teacher")):
+            if counts[lacking] == len(names) and counts[source] == 0:
+                return lacking
+        return None
+
+    def _fresh_tensors(self, missing: Iterable[str]) -> set[str]:
+        """Missing tensors that the copy of a whole branch did not supply."""
+        missing = set(missing)
+        lacking = self._branch_without_backbone(missing)
+        if lacking is None:
             return missing
-        pairs = [{f"student.{name}", f"teacher.{name}"} for name in self.teacher.state_dict()]
-        return missing - {name for pair in pairs if len(pair & missing) == 1 for name in pair}
+        source = "student" if lacking == "teacher" else "teacher"
+        supplied = {
+            f"{lacking}.{name}" for name in self.teacher.state_dict() if f"{source}.{name}" not in missing
+        }
+        return missing - supplied
 
 
 class Branch(nn.Module):
@@ -271,8 +295,18 @@ class Branch(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled backbone features (B, D) and head outputs (B, d) of images (B, C, H, W)."""
-        features_BD = self.backbone(pixel_values).pooler_output
+        # A model loaded in half precision keeps its teacher in float32, so the branches want different inputs.
+        features_BD = self.backbone(pixel_values.to(_dtype_of(self.backbone))).pooler_output
         return features_BD, self.head(features_BD)
+
+
+def _dtype_of(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def generator_of_step(seed: int, step: int) -> torch.Generator:
+    """Random numbers on the CPU that depend on (seed, step) alone: the same in every process and repetition."""
+    return torch.Generator().manual_seed(hash((seed, step)) % 2**63)
 
 
 def split_views(pixel_values: Tensor, num_views: int) -> list[Tensor]:
