@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 SAMPLE_DIR = Path(__file__).resolve().parent / "sample"
 SPLITS = ("train", "test")
 DESIGNS = ("noto", "twemoji")
+RETRIEVAL_PARTS = ("gallery", "queries")
 IMAGE_SIDE = 64
 QUERY_CROP_SIDE = 0.75  # of the picture's side, in the middle; see `load_retrieval_task`
 

@@ -289,7 +289,8 @@ def open_images(
             any), a folder, file or glob of parquet or webdataset tar files, an object of `datasets`, or
             "sample" for the images that come with this package.
         split: name of the split; by default "train", or the only one there is.
-        config_name: configuration of a dataset on the Hub.
+        config_name: configuration of a dataset on the Hub; of the sample a design, or "gallery" or "queries" of
+            its retrieval task.
         image_column: by default the one column of images.
         label_column: by default the one column of class labels; training needs none.
         text_column: column of captions; none by default.
@@ -304,7 +305,7 @@ def open_images(
     if not isinstance(dataset, (str, Path)):
         return _open_object(dataset, split, wanted, "the given dataset")
     if dataset == "sample":
-        return _open_sample(split, wanted)
+        return _open_sample(split, config_name, wanted)
     name = os.path.expanduser(str(dataset))
     if os.path.isdir(name):
         return _open_folder(Path(name), split, config_name, wanted, streaming)
@@ -321,14 +322,18 @@ def open_images(
     return _open_named(name, name, None, split, config_name, wanted, streaming)
 
 
-def _open_sample(split: str | None, wanted: Columns) -> ImageSource:
-    from hf_ssl.data.sample import load_sample
+def _open_sample(split: str | None, config_name: str | None, wanted: Columns) -> ImageSource:
+    from hf_ssl.data.sample import RETRIEVAL_PARTS, load_retrieval_task, load_sample
 
     try:
-        dataset = load_sample(split or "train")
+        if config_name in RETRIEVAL_PARTS:
+            dataset = load_retrieval_task()[RETRIEVAL_PARTS.index(config_name)]
+        else:
+            dataset = load_sample(split or "train", config_name)
     except ValueError as error:
         raise DataError(str(error)) from error
-    return _open_object(dataset, None, wanted._replace(label=wanted.label or "category"), "sample")
+    name = f"sample ({config_name})" if config_name else "sample"
+    return _open_object(dataset, None, wanted._replace(label=wanted.label or "category"), name)
 
 
 def _open_folder(

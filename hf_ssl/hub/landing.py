@@ -74,12 +74,18 @@ def export_encoder(
     if isinstance(model_or_run_folder, str | Path):
         source = Path(model_or_run_folder).resolve()
         if source.is_relative_to(folder.resolve()):
-            raise ValueError(f"the target {folder} would replace the run it is made from; give another folder")
+            raise ValueError(
+                f"the target {folder} would replace the run it is made from; give another folder"
+            )
     refuse_foreign_folder(folder, _FILES, REPORT_FILE, overwrite)
     model, processor, notes = _load(model_or_run_folder, processor)
     backbone = _plain_copy(model)
     _check_channels(backbone, processor)
-    landing = land_timm(backbone, processor) if isinstance(backbone, SSLTimmBackbone) else land_vit(backbone, processor)
+    landing = (
+        land_timm(backbone, processor)
+        if isinstance(backbone, SSLTimmBackbone)
+        else land_vit(backbone, processor)
+    )
     reports = []
 
     def write(partial: Path) -> None:
@@ -102,7 +108,9 @@ def _load(
     if isinstance(model, str | Path):
         run = Path(model)
         if not (run / "config.json").is_file():
-            raise FileNotFoundError(f"{run} holds no config.json; give the folder of a run or of a checkpoint")
+            raise FileNotFoundError(
+                f"{run} holds no config.json; give the folder of a run or of a checkpoint"
+            )
         model = AutoModel.from_pretrained(run, dtype=torch.float32)
         if processor is None and (run / "preprocessor_config.json").is_file():
             processor = AutoImageProcessor.from_pretrained(run)
@@ -111,7 +119,9 @@ def _load(
     if processor is None:
         method = next(method for method in METHODS.values() if isinstance(model.config, method.config_class))
         processor = method.processor_class.for_image_size(model.config.image_size)
-        notes.append(f"no image processor was given: the folder has {method.prefix}'s own for the training size")
+        notes.append(
+            f"no image processor was given: the folder has {method.prefix}'s own for the training size"
+        )
     return model, processor, notes
 
 

@@ -59,7 +59,9 @@ def land_timm(backbone: SSLTimmBackbone, processor: TorchvisionBackend) -> Landi
     return Landing(
         native_class="TimmWrapperModel",
         write=write,
-        state_names=[info["module"] for info in network.feature_info] if hasattr(network, "feature_info") else [],
+        state_names=[info["module"] for info in network.feature_info]
+        if hasattr(network, "feature_info")
+        else [],
         enlargement=_ENLARGEMENT[stride],
         notes=_notes(backbone, processor, _ENLARGEMENT[stride]),
     )
@@ -67,7 +69,9 @@ def land_timm(backbone: SSLTimmBackbone, processor: TorchvisionBackend) -> Landi
 
 def _model_args(backbone: SSLTimmBackbone) -> dict[str, Any]:
     # num_classes stays out of model_args: TimmWrapper passes its own and Python refuses the pair.
-    arguments = {key: value for key, value in (backbone.config.model_args or {}).items() if key != "num_classes"}
+    arguments = {
+        key: value for key, value in (backbone.config.model_args or {}).items() if key != "num_classes"
+    }
     if backbone.config.num_channels != 3:
         arguments["in_chans"] = backbone.config.num_channels
     if backbone.config.small_stem_stride:
@@ -114,7 +118,9 @@ def _stem_pool(stock: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
     return layers[0], layers[1], layers[2]
 
 
-def _pretrained_cfg(backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int) -> dict[str, Any]:
+def _pretrained_cfg(
+    backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int
+) -> dict[str, Any]:
     height, width, edge = processor_geometry(processor)
     if not processor.do_rescale or not math.isclose(processor.rescale_factor, 1 / 255):
         raise ValueError("timm's transforms divide by 255; use do_rescale=True and rescale_factor=1/255")
@@ -146,7 +152,9 @@ def _pretrained_cfg(backbone: SSLTimmBackbone, processor: TorchvisionBackend, en
 def _notes(backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int) -> list[str]:
     height, width, _ = processor_geometry(processor)
     if enlargement == 1:
-        return ["timm resizes images with Pillow: pixels may differ by one grey level from training's processor"]
+        return [
+            "timm resizes images with Pillow: pixels may differ by one grey level from training's processor"
+        ]
     return [
         f"bring images to {height}x{width} pixels first: the processor enlarges them {enlargement} times by "
         "repeating pixels, and an image of another size would be sampled without smoothing",

@@ -70,7 +70,9 @@ def choose_native_class(config: SSLViTConfig) -> str:
     return "Dinov2WithRegistersModel" if config.num_register_tokens else "Dinov2Model"
 
 
-def write_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend, native_class: str, folder: Path) -> None:
+def write_vit(
+    backbone: SSLViTBackbone, processor: TorchvisionBackend, native_class: str, folder: Path
+) -> None:
     """Write the native model and its `ViTImageProcessor`."""
     from transformers import ViTImageProcessor
 
@@ -79,7 +81,9 @@ def write_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend, native_cl
     state = (_dinov2_state if is_dinov2 else _vit_state)(backbone, native_class)
     model.load_state_dict(state, strict=True)
     model.save_pretrained(folder)
-    options = {name: getattr(processor, name) for name in _PROCESSOR_FIELDS if getattr(processor, name) is not None}
+    options = {
+        name: getattr(processor, name) for name in _PROCESSOR_FIELDS if getattr(processor, name) is not None
+    }
     ViTImageProcessor(**options).save_pretrained(folder)
 
 
@@ -101,7 +105,9 @@ def _build_native(config: SSLViTConfig, native_class: str) -> PreTrainedModel:
         options["intermediate_size"] = config.intermediate_size
         options["encoder_stride"] = config.patch_size
     if native_class == "ViTModel":
-        options["pooler_act"] = "linear"  # with the identity weight: the class token, not a random projection of it
+        options["pooler_act"] = (
+            "linear"  # with the identity weight: the class token, not a random projection of it
+        )
     native_config = model_class.config_class(**options)
     # AutoModel builds I-JEPA without pooler, but the class itself may not.
     return model_class(native_config)

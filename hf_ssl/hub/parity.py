@@ -55,12 +55,16 @@ def check_parity(backbone: nn.Module, processor: TorchvisionBackend, landing: La
     native.eval()
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(problem):
-            raise ValueError(f"{landing.native_class} reads the export with {problem}: {sorted(info[problem])[0]}")
+            raise ValueError(
+                f"{landing.native_class} reads the export with {problem}: {sorted(info[problem])[0]}"
+            )
     images = random_images(backbone.config.num_channels, *processor_geometry(processor)[:2])
     _check_processors(processor, landing, folder, images)
     own_input = _normalized(images, processor)
     native_input = enlarge(own_input, landing.enlargement)
-    difference, is_close = _difference(_outputs(backbone(own_input), landing), _outputs(native(native_input), landing))
+    difference, is_close = _difference(
+        _outputs(backbone(own_input), landing), _outputs(native(native_input), landing)
+    )
     if not is_close:
         layer = _first_difference(backbone, native, landing, own_input, native_input)
         raise ValueError(
@@ -74,7 +78,9 @@ def _normalized(images_BCHW: Tensor, processor: TorchvisionBackend) -> Tensor:
     pixels = images_BCHW / 255
     if not processor.do_normalize:
         return pixels
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std))
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (processor.image_mean, processor.image_std)
+    )
     return (pixels - mean) / std
 
 
@@ -111,7 +117,9 @@ def _first_difference(
     return "last_hidden_state"
 
 
-def _check_processors(processor: TorchvisionBackend, landing: Landing, folder: Path, images_BCHW: Tensor) -> None:
+def _check_processors(
+    processor: TorchvisionBackend, landing: Landing, folder: Path, images_BCHW: Tensor
+) -> None:
     """Compare the processors on one image of the training size; resizing may move a pixel by one grey level."""
     from PIL import Image
     from transformers import AutoImageProcessor

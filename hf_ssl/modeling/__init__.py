@@ -1,7 +1,9 @@
 """All methods, and their registration with transformers' Auto classes."""
 
 if __name__ != "hf_ssl.modeling":
-    raise ImportError("import hf_ssl.modeling; the folder modeling/ in the checkout's root is a link for readers")
+    raise ImportError(
+        "import hf_ssl.modeling; the folder modeling/ in the checkout's root is a link for readers"
+    )
 
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,12 +19,14 @@ class Method:
         prefix: start of the class names.
         family: what the method does, in two words.
         paper: arXiv number of the main paper.
+        summary: the idea in one line.
     """
 
     name: str
     prefix: str
     family: str
     paper: str
+    summary: str
 
     def _get(self, suffix: str) -> Any:
         return getattr(import_module(f"hf_ssl.modeling.{self.name}"), self.prefix + suffix)
@@ -51,10 +55,24 @@ class Method:
 METHODS = {
     method.name: method
     for method in (
-        Method("simclr", "SimCLR", "contrastive", "2002.05709"),
-        Method("moco", "MoCo", "contrastive", "2003.04297"),
-        Method("mocov3", "MoCoV3", "contrastive", "2104.02057"),
-        Method("mae", "MAE", "masked", "2111.06377"),
+        Method(
+            "simclr",
+            "SimCLR",
+            "contrastive",
+            "2002.05709",
+            "two views attract, all other images of the batch repel",
+        ),
+        Method(
+            "moco", "MoCo", "contrastive", "2003.04297", "a query finds its key among a queue of older keys"
+        ),
+        Method(
+            "mocov3",
+            "MoCoV3",
+            "contrastive",
+            "2104.02057",
+            "predictions find the other view's key among the batch; made for ViTs",
+        ),
+        Method("mae", "MAE", "masked", "2111.06377", "encode a quarter of the patches, reconstruct the rest"),
     )
 }
 

@@ -1,7 +1,9 @@
 """Training: the Trainer subclass, its arguments, recipes and the run that a recipe describes."""
 
 if __name__ != "hf_ssl.training":
-    raise ImportError("import hf_ssl.training; the folder training/ in the checkout's root is a link for readers")
+    raise ImportError(
+        "import hf_ssl.training; the folder training/ in the checkout's root is a link for readers"
+    )
 
 from typing import Any
 

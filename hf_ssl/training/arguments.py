@@ -35,15 +35,21 @@ class SSLTrainingArguments(TrainingArguments):
         default="cosine",
         metadata={"help": "cosine (per step), cosine_per_epoch, multistep_per_epoch or constant."},
     )
-    learning_rate_end: float = field(default=0.0, metadata={"help": "Final share of the learning rate (cosine)."})
+    learning_rate_end: float = field(
+        default=0.0, metadata={"help": "Final share of the learning rate (cosine)."}
+    )
     learning_rate_milestones: list[int] = field(
         default_factory=list,
         metadata={"help": "Epochs at which multistep_per_epoch divides the rate by 10."},
     )
-    warmup_epochs: float | None = field(default=None, metadata={"help": "Linear warm-up; overrides warmup_steps."})
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Linear warm-up; overrides warmup_steps."}
+    )
     optimizer: str = field(default="adamw", metadata={"help": "adamw, sgd or lars; replaces `optim`."})
     optimizer_momentum: float = field(default=0.9, metadata={"help": "Of sgd and lars."})
-    lars_variant: str = field(default="moco", metadata={"help": "tf (SimCLR), moco (MoCo v3, MAE probe) or larc."})
+    lars_variant: str = field(
+        default="moco", metadata={"help": "tf (SimCLR), moco (MoCo v3, MAE probe) or larc."}
+    )
     lars_trust_coefficient: float = field(default=0.001, metadata={"help": "Trust coefficient of LARS."})
     weight_decay_end: float | None = field(
         default=None, metadata={"help": "Final weight decay on a half cosine; None keeps it constant."}
@@ -59,14 +65,25 @@ class SSLTrainingArguments(TrainingArguments):
         default=0.01, metadata={"help": "Share of unreadable images above which the run stops."}
     )
 
+    metric_for_best_model: str | None = field(
+        default="knn",
+        metadata={"help": "Score of the online probe that decides which checkpoint is kept as best."},
+    )
+    greater_is_better: bool | None = field(default=True, metadata={"help": "Of metric_for_best_model."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is off."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must stay False."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Show NaN losses."})
     ignore_data_skip: bool = field(default=True, metadata={"help": "Data are positioned, not skipped."})
     logging_steps: float = field(default=20, metadata={"help": "Steps between two lines of the log."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept beside the best one."})
-    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "Every parameter is used."})
-    lr_scheduler_type: str = field(default="constant", metadata={"help": "Unused; see learning_rate_schedule."})
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Checkpoints kept beside the best one."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter is used."}
+    )
+    lr_scheduler_type: str = field(
+        default="constant", metadata={"help": "Unused; see learning_rate_schedule."}
+    )
 
     def __post_init__(self) -> None:
         if not torch.accelerator.is_available():

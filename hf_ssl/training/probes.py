@@ -11,7 +11,14 @@ from torch import nn
 from hf_ssl.evaluation.baselines import estimate_batchnorm_statistics
 from hf_ssl.evaluation.features import default_pools
 from hf_ssl.evaluation.images import ImageBatch, read_batches
-from hf_ssl.evaluation.protocol import ENCODER, NUM_STATISTICS_IMAGES, PIXELS, RANDOM, Scores, evaluate_encoder
+from hf_ssl.evaluation.protocol import (
+    ENCODER,
+    NUM_STATISTICS_IMAGES,
+    PIXELS,
+    RANDOM,
+    Scores,
+    evaluate_encoder,
+)
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 
 logger = logging.getLogger(__name__)
@@ -77,7 +84,9 @@ class OnlineProbe:
         return self._best(scores.rows, ENCODER)
 
     def _score(self, encoder: nn.Module, **kwargs: Any) -> Scores:
-        return evaluate_encoder(encoder, self.processor, self.bank, self.query, self.pools, **self.settings, **kwargs)
+        return evaluate_encoder(
+            encoder, self.processor, self.bank, self.query, self.pools, **self.settings, **kwargs
+        )
 
     def _best(self, rows: Sequence[Any], features: str) -> dict[str, float]:
         """Scores of the first pool; pixels have none, so their best row counts."""

@@ -101,7 +101,9 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        path.write_text(f"# {self.name}: all values as this run used them\n{self.to_yaml()}", encoding="utf-8")
+        path.write_text(
+            f"# {self.name}: all values as this run used them\n{self.to_yaml()}", encoding="utf-8"
+        )
 
 
 def recipe_names() -> list[str]:
@@ -125,7 +127,9 @@ def load_recipe(name_or_path: str) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "method" not in content:
-        raise RecipeError(f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[1:])}")
+        raise RecipeError(
+            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[1:])}"
+        )
     for section in content:
         if section not in SECTIONS:
             raise RecipeError(unknown_name_message(f"section of {path.name}", section, SECTIONS))
@@ -193,7 +197,10 @@ def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
 
 def nearest_key_message(key: str, known: set[str]) -> str:
     """One line for an unknown key: the list of all known ones is too long to print."""
-    return unknown_name_message("key", key, known).split(" (known:")[0] + "; `hf-ssl methods NAME` lists all keys"
+    return (
+        unknown_name_message("key", key, known).split(" (known:")[0]
+        + "; `hf-ssl methods NAME` lists all keys"
+    )
 
 
 def known_keys(method: str) -> dict[str, set[str]]:

@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
-from hf_ssl.evaluation.protocol import Scores
+from hf_ssl.evaluation.protocol import ENCODER, Scores
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
@@ -35,6 +35,7 @@ from hf_ssl.training.trainer import SSLTrainer
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+SIGNIFICANT_MARGIN = 0.03  # about two standard errors at 2,000 test images
 HELD_OUT_EVERY = 5  # without a test split, every fifth labelled image is scored against the others
 
 
@@ -49,12 +50,24 @@ class Run:
     Attributes:
         folder: a pre-training checkpoint with recipe, processor, log and the native encoder in `encoder/`.
         scores: last probe beside its floors; None without labels.
+        native_class: class of the exported encoder.
         trainer: the trainer, for the model and the log.
     """
 
     folder: Path
     scores: Scores | None
+    native_class: str
     trainer: SSLTrainer
+
+    def verdict(self) -> str:
+        """Whether the encoder is above all floors, in one line."""
+        if self.scores is None:
+            return "no labels, no verdict"
+        pool = next(row.pool for row in self.scores.rows if row.features == ENCODER)
+        margins = self.scores.margins(pool)
+        points = ", ".join(f"{name} {100 * value:+.1f} points" for name, value in margins.items())
+        learned = max(margins.values()) > SIGNIFICANT_MARGIN
+        return f"{'learned' if learned else 'not above its floors'}: {points} against the best of pixels and random init"
 
 
 def train(
@@ -154,7 +167,7 @@ def build_trainer(recipe: Recipe, folder: Path, init_from: str | None = None) ->
     model = _build_model(recipe, config, init_from)
     probe = build_probe(recipe.data, processor, args)
     if probe is None:
-        args.eval_strategy = "no"
+        args.eval_strategy, args.metric_for_best_model = "no", None
     try:
         trainer = SSLTrainer(
             model=model,
@@ -197,9 +210,11 @@ def _build_model(recipe: Recipe, config: Any, init_from: str | None) -> SSLForPr
         raise RecipeError(" ".join(str(error).split())) from error
 
 
-def build_probe(data: DataArguments, processor: SSLImageProcessor, args: SSLTrainingArguments) -> OnlineProbe | None:
+def build_probe(
+    data: DataArguments, processor: SSLImageProcessor, args: SSLTrainingArguments
+) -> OnlineProbe | None:
     """The online probe of a recipe; None, and said so, where no labels can be found."""
-    pair = _probe_sources(data)
+    pair = probe_sources(data)
     if pair is None:
         logger.info("probe     none: the data have no labels; give --probe_dataset to see whether it learns")
         return None
@@ -214,7 +229,12 @@ def build_probe(data: DataArguments, processor: SSLImageProcessor, args: SSLTrai
     )
 
 
-def _probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
+def probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
+    """Labelled bank and queries of a recipe's probe; None where the data have no labels.
+
+    Raises:
+        DataError: named data, splits or columns do not exist.
+    """
     dataset = data.probe_dataset or (data.dataset if isinstance(data.dataset, str) else data.dataset[0])
     splits = data.probe_splits or _probe_splits(dataset, data)
     if splits is None:
@@ -233,7 +253,9 @@ def _probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
     if bank.label_column is None:
         if data.probe_dataset is None:
             return None
-        raise DataError(f"the probe needs labels: {bank.name} has no label column; name it with --probe_label_column")
+        raise DataError(
+            f"the probe needs labels: {bank.name} has no label column; name it with --probe_label_column"
+        )
     return bank, query
 
 
@@ -313,7 +335,9 @@ class _StopOnInterrupt(TrainerCallback):
         self.interrupted = True
         logger.warning("stopping after this step; press Ctrl-C again to stop at once")
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.interrupted:
             control.should_save = control.should_training_stop = True
 
@@ -335,8 +359,8 @@ def _train_and_save(trainer: SSLTrainer, recipe: Recipe, folder: Path, checkpoin
             f"continue with: hf-ssl train --resume {shlex.quote(str(folder))}"
         )
     scores = _final_scores(trainer)
-    _save(trainer, folder, scores)
-    return Run(folder, scores, trainer)
+    native_class = _save(trainer, folder, scores)
+    return Run(folder, scores, native_class, trainer)
 
 
 def _final_scores(trainer: SSLTrainer) -> Scores | None:
@@ -348,14 +372,14 @@ def _final_scores(trainer: SSLTrainer) -> Scores | None:
     return trainer.probe.scores
 
 
-def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> None:
-    """The run folder: a pre-training checkpoint, its log and the native encoder."""
+def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> str:
+    """Fill the run folder: a pre-training checkpoint, its log and the native encoder, whose class is returned."""
     from hf_ssl.hub import export_encoder
 
     trainer.save_model(str(folder))
     trainer.save_state()
     if not trainer.is_world_process_zero():
-        return
+        return ""
     if scores is not None:
         (folder / "scores.json").write_text(json.dumps(scores.to_dict(), indent=1), encoding="utf-8")
-    export_encoder(str(folder), str(folder / "encoder"), overwrite=True)
+    return export_encoder(folder, folder / "encoder", overwrite=True).native_class

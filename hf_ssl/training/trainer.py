@@ -56,14 +56,18 @@ class _StepProtocol(TrainerCallback):
     ) -> None:
         self.trainer.finish_step()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         state.epoch = self.trainer.epoch_at(state.global_step)
 
 
 class _PreparedOnAccess(Sequence[dict[str, Tensor]]):
     """Micro-batches that are moved and normalised when read, so that a step never holds all of them as floats."""
 
-    def __init__(self, batches: list[dict[str, Tensor]], prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]):
+    def __init__(
+        self, batches: list[dict[str, Tensor]], prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+    ):
         self.batches = batches
         self.prepare = prepare
 
@@ -157,7 +161,9 @@ class SSLTrainer(Trainer):
 
     def _steps_per_epoch(self, args: SSLTrainingArguments) -> int:
         if self.loader.batches_per_epoch is None:
-            raise ValueError("the length of the data is unknown; give max_steps, and warmup_steps instead of epochs")
+            raise ValueError(
+                "the length of the data is unknown; give max_steps, and warmup_steps instead of epochs"
+            )
         return max(self.loader.batches_per_epoch // args.gradient_accumulation_steps, 1)
 
     def _steps_of_epochs(self, args: SSLTrainingArguments) -> int:
@@ -287,7 +293,9 @@ class SSLTrainer(Trainer):
     def _set_weight_decay(self, step: int) -> None:
         if self.args.weight_decay_end is None:
             return
-        value = cosine_weight_decay(step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end)
+        value = cosine_weight_decay(
+            step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end
+        )
         for group in self.optimizer.param_groups:
             if group["weight_decay"] != 0:
                 group["weight_decay"] = value
@@ -323,7 +331,9 @@ class SSLTrainer(Trainer):
                     f"the loss is {logs['loss']} before step {self.state.global_step}; lower learning_rate "
                     f"(now {self.args.learning_rate:g}) or raise warmup_steps, and resume from the last checkpoint"
                 )
-            logs.update({name: round(torch.stack(values).mean().item(), 4) for name, values in self._parts.items()})
+            logs.update(
+                {name: round(torch.stack(values).mean().item(), 4) for name, values in self._parts.items()}
+            )
             self._parts = {}
         super().log(logs, start_time)
 
@@ -346,7 +356,9 @@ class SSLTrainer(Trainer):
             )
             if folder is None or not (Path(folder) / "trainer_state.json").is_file():
                 raise FileNotFoundError(f"no checkpoint to resume from in '{folder or self.args.output_dir}'")
-            self._resume_step = TrainerState.load_from_json(str(Path(folder) / "trainer_state.json")).global_step
+            self._resume_step = TrainerState.load_from_json(
+                str(Path(folder) / "trainer_state.json")
+            ).global_step
             resume_from_checkpoint = folder
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

@@ -84,7 +84,9 @@ class MAEDecoder(nn.Module):
             Predicted pixels (B, N, P), inner order (row, column, channel).
         """
         tokens_BTE = self.embed(tokens_BTD)
-        prefix, visible = tokens_BTE.split([self.num_prefix_tokens, tokens_BTE.shape[1] - self.num_prefix_tokens], 1)
+        prefix, visible = tokens_BTE.split(
+            [self.num_prefix_tokens, tokens_BTE.shape[1] - self.num_prefix_tokens], 1
+        )
         num_hidden = restore_index_BN.shape[1] - visible.shape[1]
         hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_hidden, -1)
         index = restore_index_BN.unsqueeze(-1).expand(-1, -1, visible.shape[-1])

@@ -22,7 +22,9 @@ class MoCoConfig(SSLConfig):
     def validate_choices(self) -> None:
         """Refuse values outside their range."""
         if self.projection_head not in ("linear", "mlp"):
-            raise ValueError(f"projection_head must be 'linear' (v1) or 'mlp' (v2), got '{self.projection_head}'")
+            raise ValueError(
+                f"projection_head must be 'linear' (v1) or 'mlp' (v2), got '{self.projection_head}'"
+            )
         if self.temperature <= 0:
             raise ValueError(f"temperature must be > 0, got {self.temperature}")
         if not 0 <= self.teacher_momentum < 1:

@@ -71,7 +71,9 @@ def _create_timm_model(config: SSLTimmConfig) -> nn.Module:
         network = timm.create_model(config.architecture, pretrained=False, **arguments)
     except RuntimeError as error:
         similar = ", ".join(timm.list_models(f"*{config.architecture[:8]}*")[:5]) or "see timm.list_models()"
-        raise ValueError(f"timm knows no architecture '{config.architecture}' (similar: {similar})") from error
+        raise ValueError(
+            f"timm knows no architecture '{config.architecture}' (similar: {similar})"
+        ) from error
     if config.small_stem_stride:
         _use_small_stem(network, config)
     return network

@@ -20,7 +20,9 @@ _FIELDS_OF_RELOADED_CONFIGS = {
     "is_custom_code", "custom_pipelines", "base_model_tp_plan",
 }  # fmt: skip
 
-SMALL_IMAGE_SIDE = 64  # below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10)
+SMALL_IMAGE_SIDE = (
+    64  # below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10)
+)
 
 
 def refuse_unknown_fields(config_class: type, unknown: dict[str, Any]) -> None:
@@ -161,8 +163,12 @@ def resolve_backbone_config(backbone: dict[str, Any] | PreTrainedConfig) -> PreT
         return backbone
     model_type = backbone.get("model_type", SSLViTConfig.model_type)
     if model_type not in BACKBONE_CONFIGS:
-        raise ValueError(f"backbone_config.model_type must be one of {', '.join(BACKBONE_CONFIGS)}, got '{model_type}'")
-    return BACKBONE_CONFIGS[model_type](**{key: value for key, value in backbone.items() if key != "model_type"})
+        raise ValueError(
+            f"backbone_config.model_type must be one of {', '.join(BACKBONE_CONFIGS)}, got '{model_type}'"
+        )
+    return BACKBONE_CONFIGS[model_type](
+        **{key: value for key, value in backbone.items() if key != "model_type"}
+    )
 
 
 @strict

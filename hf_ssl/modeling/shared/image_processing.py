@@ -11,7 +11,9 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-SMALLEST_CROPPED_SIDE = 65  # at 64 px and below, images are resized whole: a crop would lose what little there is
+SMALLEST_CROPPED_SIDE = (
+    65  # at 64 px and below, images are resized whole: a crop would lose what little there is
+)
 
 
 class SSLImageProcessorKwargs(ImagesKwargs, total=False):
@@ -97,6 +99,8 @@ def solarize(probability: float) -> dict[str, Any]:
     return {"type": "solarize", "probability": probability, "threshold": 128}
 
 
-def view(size: int, crop_spec: dict[str, Any], transforms: list[dict[str, Any]], count: int = 1) -> dict[str, Any]:
+def view(
+    size: int, crop_spec: dict[str, Any], transforms: list[dict[str, Any]], count: int = 1
+) -> dict[str, Any]:
     """One entry of `views`: `count` global views drawn alike."""
     return {"count": count, "kind": "global", "size": size, "crop": crop_spec, "transforms": transforms}

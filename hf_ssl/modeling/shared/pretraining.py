@@ -167,7 +167,9 @@ class SSLForPreTraining(SSLPreTrainedModel):
         """Named parameters that receive gradients."""
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
 
-    def parameter_groups(self, weight_decay: float, decay_norms_and_biases: bool = False) -> list[dict[str, Any]]:
+    def parameter_groups(
+        self, weight_decay: float, decay_norms_and_biases: bool = False
+    ) -> list[dict[str, Any]]:
         """Groups for the optimizer.
 
         Args:
@@ -266,7 +268,9 @@ class SSLForPreTraining(SSLPreTrainedModel):
             return None
         missing = set(missing)
         names = [f"backbone.{name}" for name in self.teacher.backbone.state_dict()]  # type: ignore[union-attr]
-        counts = {branch: sum(f"{branch}.{name}" in missing for name in names) for branch in ("student", "teacher")}
+        counts = {
+            branch: sum(f"{branch}.{name}" in missing for name in names) for branch in ("student", "teacher")
+        }
         for lacking, source in (("teacher", "student"), ("student", "teacher")):
             if counts[lacking] == len(names) and counts[source] == 0:
                 return lacking

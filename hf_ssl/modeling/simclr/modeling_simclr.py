@@ -16,7 +16,13 @@ from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import nt_xent_loss
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.pretraining import Branch, SSLForPreTraining, SSLModel, join_views, std_of_normalized
+from hf_ssl.modeling.shared.pretraining import (
+    Branch,
+    SSLForPreTraining,
+    SSLModel,
+    join_views,
+    std_of_normalized,
+)
 
 from .configuration_simclr import SimCLRConfig
 
@@ -76,7 +82,9 @@ class SimCLRForPreTraining(SSLForPreTraining):
     def check_global_batch(self, global_batch_size: int) -> None:
         """Refuse a batch without negatives."""
         if global_batch_size < 2:
-            raise ValueError(f"SimCLR needs at least 2 images per step for negatives, got {global_batch_size}")
+            raise ValueError(
+                f"SimCLR needs at least 2 images per step for negatives, got {global_batch_size}"
+            )
 
     def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss of a uniform softmax over `num_images` pairs, and of aligned positives among uniform negatives."""

@@ -1,0 +1,91 @@
+"""`hf-ssl evaluate`: kNN, linear probe and fine-tuning of an encoder, beside what it must beat."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A run, an encoder folder or a Hub name.")],
+    dataset: Annotated[
+        str | None, typer.Option(help="Labelled images; without it, the run's own probe data.")
+    ] = None,
+    splits: Annotated[list[str] | None, typer.Option(help="Train and test split: give it twice.")] = None,
+    config_name: Annotated[
+        str | None, typer.Option("--config_name", help="Configuration of a Hub dataset.")
+    ] = None,
+    image_column: Annotated[str | None, typer.Option("--image_column")] = None,
+    label_column: Annotated[str | None, typer.Option("--label_column")] = None,
+    pool: Annotated[
+        list[str] | None, typer.Option(help="pooler, class_token, mean or grid2; can be given several times.")
+    ] = None,
+    probe: Annotated[str, typer.Option(help="lbfgs, sgd or none.")] = "lbfgs",
+    num_neighbors: Annotated[int, typer.Option("--num_neighbors", help="Of the kNN.")] = 20,
+    limit: Annotated[int | None, typer.Option(help="At most so many images of each split.")] = None,
+    fine_tune: Annotated[
+        float | None, typer.Option("--fine_tune", help="Also fine-tune for so many epochs.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Write the scores to this JSON file.")] = None,
+) -> None:
+    """Score an encoder by kNN and linear probe, beside raw pixels and random weights."""
+    from hf_ssl.cli.loading import load_encoder, run_recipe
+    from hf_ssl.evaluation.protocol import evaluate_encoder
+    from hf_ssl.training.recipes import DataArguments
+    from hf_ssl.training.run import probe_sources
+
+    encoder, processor = load_encoder(model)
+    if dataset is None:
+        data = run_recipe(model).data
+    else:
+        data = DataArguments(
+            dataset=dataset,
+            probe_dataset=dataset,
+            probe_splits=splits,
+            config_name=config_name,
+            image_column=image_column,
+            probe_label_column=label_column,
+        )
+    pair = probe_sources(data)
+    if pair is None:
+        raise ValueError(
+            "these images have no labels; name a column with --label_column or give other images"
+        )
+    scores = evaluate_encoder(
+        encoder,
+        processor,
+        *pair,
+        pools=pool or (data.probe_pools if dataset is None else None),
+        num_neighbors=num_neighbors if dataset is not None else data.probe_num_neighbors,
+        probe=probe if dataset is not None or data.probe_linear else "none",
+        train_limit=limit,
+        test_limit=limit,
+    )
+    typer.echo(scores.table())
+    result = scores.to_dict()
+    if fine_tune is not None:
+        result["fine_tune_top1"] = _fine_tune(model, pair, fine_tune, limit)
+    if output is not None:
+        Path(output).write_text(json.dumps(result, indent=1), encoding="utf-8")
+        typer.echo(f"scores    {output}")
+
+
+def _fine_tune(model: str, pair: tuple[object, object], epochs: float, limit: int | None) -> float:
+    """Fine-tune the native encoder (a run's is in `encoder/`)."""
+    import tempfile
+
+    from hf_ssl.evaluation.fine_tune import fine_tune
+
+    native = Path(model) / "encoder"
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = fine_tune(
+            native if native.is_dir() else model,
+            *pair,
+            folder,
+            epochs=epochs,
+            train_limit=limit,
+            test_limit=limit,
+        )
+    typer.echo(f"fine-tuned {epochs:g} epochs: {100 * outcome.top1:.1f} %")
+    return float(outcome.top1)

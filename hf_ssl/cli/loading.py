@@ -1,0 +1,37 @@
+"""What several commands load: an encoder with its processor, and images."""
+
+from pathlib import Path
+from typing import Any
+
+
+def load_encoder(run_or_name: str) -> tuple[Any, Any]:
+    """The encoder of a run, of a native folder or of a Hub name, with its image processor.
+
+    Raises:
+        ValueError: there is no model there.
+    """
+    import transformers
+    from transformers import AutoImageProcessor, AutoModel
+
+    transformers.utils.logging.disable_progress_bar()
+    folder = Path(run_or_name)
+    looks_local = run_or_name.startswith((".", "/", "~")) or run_or_name.count("/") != 1
+    if folder.exists() or looks_local:
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
+    model = AutoModel.from_pretrained(run_or_name)
+    return model.eval(), AutoImageProcessor.from_pretrained(run_or_name)
+
+
+def run_recipe(run: str) -> Any:
+    """The recipe saved with a run.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    from hf_ssl.training.recipes import load_recipe
+    from hf_ssl.training.run import RECIPE_FILE
+
+    if not (Path(run) / RECIPE_FILE).is_file():
+        raise ValueError(f"'{run}' is no run: it has no {RECIPE_FILE}")
+    return load_recipe(str(Path(run) / RECIPE_FILE))

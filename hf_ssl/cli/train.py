@@ -1,0 +1,38 @@
+"""`hf-ssl train`: pre-train an encoder from a recipe."""
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    context: typer.Context,
+    method: Annotated[
+        str | None, typer.Argument(help="A method; alone it runs its tiny recipe on emoji.")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="Name or file of a recipe.")] = None,
+    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of the run.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue the run in this folder.")] = None,
+    init_from: Annotated[
+        str | None, typer.Option("--init_from", help="Start from this checkpoint or encoder.")
+    ] = None,
+) -> None:
+    """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
+    from hf_ssl.cli.keys import parse_keys
+    from hf_ssl.training.run import train as run_training
+
+    keys = parse_keys(context.args)
+    run = run_training(
+        method, recipe=recipe, output_dir=output_dir, resume=resume, init_from=init_from, **keys
+    )
+    if not run.trainer.is_world_process_zero():
+        return
+    if run.scores is not None:
+        typer.echo(f"\n{run.scores.table()}\n\n{run.verdict()}")
+    typer.echo(
+        f"\nrun       {run.folder}\nencoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
+        f"next      hf-ssl show {run.folder}\n"
+        f"          hf-ssl evaluate {run.folder} --dataset NAME_OR_FOLDER\n"
+        f'          python -c "from transformers import AutoModel; '
+        f"AutoModel.from_pretrained('{run.folder / 'encoder'}')\""
+    )

@@ -1,0 +1,184 @@
+"""All pictures of one run."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from hf_ssl.data.decoding import decode_image
+from hf_ssl.data.sources import load_image
+from hf_ssl.data.views import ViewMaker
+from hf_ssl.evaluation.features import FeatureExtractor
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.pictures.curves import draw_curves
+from hf_ssl.pictures.neighbors import draw_neighbors
+from hf_ssl.pictures.patch_pca import draw_patch_pca
+from hf_ssl.pictures.reconstructions import draw_reconstructions
+from hf_ssl.pictures.views import draw_views
+from hf_ssl.training.recipes import RecipeError, load_recipe
+from hf_ssl.training.run import RECIPE_FILE, open_sources, probe_sources
+
+NUM_IMAGES = 6
+NUM_NEIGHBORS = 6
+NUM_GALLERY = 1000
+
+
+class _Figures:
+    """A run's model, processor and images, loaded once for all pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoImageProcessor, AutoModelForPreTraining
+
+        self.recipe = load_recipe(str(folder / RECIPE_FILE))
+        self.folder = folder
+        self.processor = AutoImageProcessor.from_pretrained(folder)
+        self.model: Any = AutoModelForPreTraining.from_pretrained(folder).eval()
+        self.backbone = self.model.published_branch().backbone
+        source = open_sources(self.recipe.data)[0]
+        self.images = [_decode(row) for row in source.rows(limit=NUM_IMAGES)]
+
+    def pixel_values(self, images: list[Any]) -> Tensor:
+        """Images as the encoder takes them (B, C, H, W)."""
+        pictures = [Image.fromarray(image) for image in images]
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+
+    def views(self) -> Image.Image:
+        """Training views with their crop boxes."""
+        seed = int(self.recipe.training.get("seed", 42))
+        return draw_views(self.images[:4], ViewMaker(self.processor.views), seed)
+
+    def reconstructions(self) -> Image.Image | None:
+        """Hidden patches and what the decoder makes of them; for methods that predict pixels."""
+        pixel_values = self.pixel_values(self.images)
+        views = self.processor.views
+        if len(views) != 1 or views[0]["count"] != 1:
+            return None
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs = self.model(pixel_values)
+        if outputs.predictions is None:
+            return None
+        return draw_reconstructions(
+            pixel_values,
+            outputs.is_masked,
+            outputs.predictions,
+            image_mean=self.processor.image_mean,
+            image_std=self.processor.image_std,
+            normalized_patches=getattr(self.model.config, "normalize_targets", False),
+        )
+
+    def patch_features(self) -> Image.Image | None:
+        """Main directions of patch tokens as colours; for ViTs."""
+        config = self.model.config.backbone_config
+        if not isinstance(config, SSLViTConfig):
+            return None
+        with torch.no_grad():
+            tokens = self.backbone(self.pixel_values(self.images)).last_hidden_state
+        grid = (config.grid_size, config.grid_size)
+        return draw_patch_pca(self.images, tokens[:, config.num_prefix_tokens :], grid)
+
+    def neighbors(self) -> Image.Image:
+        """Nearest images by the encoder's features; with labels where there are any."""
+        gallery_rows, query_rows, names = self._gallery()
+        gallery = [_decode(row) for row in gallery_rows]
+        queries = [_decode(row) for row in query_rows]
+        similarity = _unit(self._features(queries)) @ _unit(self._features(gallery)).T
+        values, indices = similarity.topk(min(NUM_NEIGHBORS, len(gallery)), dim=1)
+        labels = None
+        if names is not None:
+            labels = [[names[gallery_rows[i]["label"]] for i in row] for row in indices.tolist()]
+        return draw_neighbors(
+            queries,
+            [[gallery[i] for i in row] for row in indices.tolist()],
+            values.tolist(),
+            query_labels=None if names is None else [names[row["label"]] for row in query_rows],
+            neighbor_labels=labels,
+        )
+
+    def _gallery(self) -> tuple[list[Any], list[Any], list[str] | None]:
+        """Rows to search, rows to search for, and the names of their labels."""
+        pair = probe_sources(self.recipe.data)
+        if pair is None:
+            rows = list(open_sources(self.recipe.data)[0].rows(limit=NUM_GALLERY))
+            return rows[NUM_IMAGES:], rows[:NUM_IMAGES], None
+        gallery, queries = (
+            [*_rows(part, limit)] for part, limit in zip(pair, (NUM_GALLERY, NUM_IMAGES), strict=True)
+        )
+        return gallery, queries, getattr(pair[0], "label_names", None)
+
+    def _features(self, images: list[Any]) -> Tensor:
+        extractor = FeatureExtractor(self.backbone, (self.recipe.data.probe_pools or ["mean"])[:1])
+        return torch.cat(
+            [next(iter(extractor(part).values())) for part in self.pixel_values(images).split(256)]
+        )
+
+    def curves(self) -> Image.Image | None:
+        """Loss, learning rate and scores over steps."""
+        state = self.folder / "trainer_state.json"
+        if not state.is_file():
+            return None
+        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+        last = next((entry for entry in reversed(history) if "eval_knn" in entry), {})
+        floors = {
+            name.removeprefix("eval_").replace("_", " "): value
+            for name, value in last.items()
+            if name.startswith(("eval_pixels", "eval_random"))
+        }
+        scores = [{key: value for key, value in entry.items() if not _is_floor(key)} for entry in history]
+        return draw_curves(scores, baselines=floors)
+
+
+def _is_floor(key: str) -> bool:
+    return key.startswith(("eval_pixels", "eval_random"))
+
+
+def _rows(source: Any, limit: int) -> list[Any]:
+    return list(source.rows(limit=limit)) if hasattr(source, "rows") else source[:limit]
+
+
+def _decode(row: dict[str, Any]) -> Any:
+    return decode_image(load_image(row["image"]))
+
+
+def _unit(features_ND: Tensor) -> Tensor:
+    centered = features_ND - features_ND.mean(dim=0) if len(features_ND) > NUM_IMAGES else features_ND
+    return torch.nn.functional.normalize(centered, dim=1)
+
+
+def draw_run(run: str, output_dir: str | None = None) -> list[Path]:
+    """Draw every picture that suits the run.
+
+    Args:
+        run: folder of a run.
+        output_dir: where pictures go; by default `figures` in the run.
+
+    Returns:
+        The PNG files.
+
+    Raises:
+        RecipeError: the folder is no run.
+    """
+    folder = Path(run)
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"'{run}' is no run: it has no {RECIPE_FILE}")
+    target = Path(output_dir) if output_dir is not None else folder / "figures"
+    figures = _Figures(folder)
+    drawings: dict[str, Callable[[], Image.Image | None]] = {
+        "views": figures.views,
+        "reconstructions": figures.reconstructions,
+        "patch_features": figures.patch_features,
+        "neighbors": figures.neighbors,
+        "curves": figures.curves,
+    }
+    target.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for name, draw in drawings.items():
+        picture = draw()
+        if picture is not None:
+            paths.append(target / f"{name}.png")
+            picture.save(paths[-1])
+    return paths
