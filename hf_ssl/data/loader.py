@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ssl.data.columns import DataError
 from hf_ssl.data.decoding import BrokenImageError
-from hf_ssl.data.sources import ImageSource, load_image
+from hf_ssl.data.readers import ImageSource, load_image
 from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 
 logger = logging.getLogger(__name__)
@@ -269,7 +269,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
     """A uint8 tensor; in a worker in shared memory, where the main process reads it without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
-    storage: Any = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    storage: Any = torch.UntypedStorage._new_shared(math.prod(shape))
     return torch.tensor([], dtype=torch.uint8).set_(storage).view(shape)
 
 

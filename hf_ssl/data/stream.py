@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ssl.data.columns import DataError, Row
-from hf_ssl.data.sources import BLOCK_BYTES, ImageSource, IndexedSource, SequentialSource
+from hf_ssl.data.readers import BLOCK_BYTES, ImageSource, IndexedSource, SequentialSource
 
 LANES = 4  # memory holds one block per lane; more workers than lanes share lanes
 CYCLE_ROWS = 4096  # weights are rounded to this fraction
@@ -259,7 +259,7 @@ class EpochPlan:
         if self._batches == 0:
             raise _too_few_rows(source.name, source.num_rows, batch_size, world_size)
         order = EpochOrder(source.unit_sizes, (seed, 0))
-        lanes = _num_lanes(self._batches * batch_size, source)
+        lanes = min(_num_lanes(self._batches * batch_size, source), self._batches)
         self._lane_batches = [len(range(lane, self._batches, lanes)) for lane in range(lanes)]
         starts = np.cumsum([0, *self._lane_batches]) + rank * self._batches
         self._shares = [

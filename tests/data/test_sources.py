@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from hf_ssl.data.decoding import decode_image
-from hf_ssl.data.sources import DataError, ImageSource, ParquetSource, open_images
+from hf_ssl.data.readers import ParquetSource
+from hf_ssl.data.sources import DataError, ImageSource, open_images
 
 Rows = Callable[..., datasets.Dataset]
 Encode = Callable[[int], bytes]

@@ -6,7 +6,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from hf_ssl.data.columns import Columns, DataError, Row
-from hf_ssl.data.sources import SHARD_BITS, ImageSource, IndexedSource, SequentialSource
+from hf_ssl.data.readers import SHARD_BITS, ImageSource, IndexedSource, SequentialSource
 from hf_ssl.data.stream import CYCLE_ROWS, EpochOrder, Mixture, Plan, make_plan
 
 
@@ -86,6 +86,13 @@ def test_ranks_share_an_epoch_without_overlap_and_drop_less_than_one_global_batc
         assert {epoch_seen for batch in seen for _, epoch_seen, _ in batch} == {epoch}
         assert len(set(rows)) == len(rows) == batches * 8 * world_size
         assert num_rows - len(rows) < 8 * world_size
+
+
+def test_batches_larger_than_blocks_and_fewer_than_lanes_hold_every_row_once():
+    plan = plan_of([NumberedSource([10] * 400)], batch_size=1333)
+    rows = [row for batch in range(3) for _, _, row in rows_of(plan, batch)]
+    assert len(set(rows)) == len(rows) == 3 * 1333
+    assert {epoch for _, epoch, _ in rows_of(plan, 3)} == {1}
 
 
 def test_dropped_rows_of_one_row_group_are_others_every_epoch():
