@@ -65,7 +65,7 @@ def random_encoder(encoder: nn.Module, batches: Iterable[Tensor], seed: int = 0)
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = type(encoder)(copy.deepcopy(encoder.config))
+        fresh: nn.Module = type(encoder)(copy.deepcopy(encoder.config))
     parameter = next(encoder.parameters())
     fresh = fresh.to(parameter.device, parameter.dtype)
     estimate_batchnorm_statistics(fresh, batches)
