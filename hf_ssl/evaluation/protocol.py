@@ -215,8 +215,8 @@ def _warn_of_unseen_classes(train: FeatureSet, test: FeatureSet) -> None:
     unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
     if unseen:
         logger.warning(
-            "%d classes of the test images have no training image (first: %d); raise train_limit, or shuffle a "
-            "stream that is sorted by class",
+            "%d classes of the test images have no training image (first: %d); raise train_limit, or shuffle "
+            "a stream that is sorted by class",
             len(unseen),
             unseen[0],
         )
