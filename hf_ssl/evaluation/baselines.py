@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from hf_ssl.evaluation.features import evaluating
 
@@ -55,16 +56,16 @@ def random_encoder(encoder: nn.Module, batches: Iterable[Tensor], seed: int = 0)
         seed: of the fresh weights. The global random state is left as it was.
 
     Raises:
-        TypeError: `encoder` has no config to be built from.
+        TypeError: `encoder` is no model of transformers.
     """
-    config = getattr(encoder, "config", None)
-    if config is None:
+    if not isinstance(encoder, PreTrainedModel):
         raise TypeError(
-            f"{type(encoder).__name__} has no config to build it afresh; pass initial_encoder instead"
+            f"{type(encoder).__name__} is no transformers model that can be built afresh from its config; "
+            "pass initial_encoder instead"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        fresh = type(encoder)(copy.deepcopy(config))
+        fresh: nn.Module = type(encoder)(copy.deepcopy(encoder.config))
     parameter = next(encoder.parameters())
     fresh = fresh.to(parameter.device, parameter.dtype)
     estimate_batchnorm_statistics(fresh, batches)

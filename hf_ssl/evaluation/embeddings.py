@@ -57,7 +57,7 @@ def embed(
         pool: which features, see `pool_tokens`.
         batch_size: images a forward.
         batches_per_part: what an interruption can cost.
-        limit: at most so many rows of the source.
+        limit: only so many rows, the first ones.
         device: where the forwards run.
         dtype: autocast type of the forwards.
 
@@ -89,7 +89,7 @@ def embed(
     start = _next_part(parts_dir) * rows_per_part
     rest = None if limit is None else max(0, limit - start)
     extractor = FeatureExtractor(encoder, [pool], device, dtype)
-    batches = read_batches(source, processor, batch_size, rest, start)
+    batches = read_batches(source, processor, batch_size, rest, start, spread=False)
     for number, part in groupby(batches, key=lambda batch: batch.row_ids[0] // rows_per_part):
         _write_whole(parts_dir / f"{number:06d}.parquet", [_table(extractor, pool, part)], SCHEMA)
         logger.info("embedded %d rows of %s", (number + 1) * rows_per_part, settings["source"])

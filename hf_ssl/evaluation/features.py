@@ -126,14 +126,14 @@ def token_layout(
 
 
 def _patch_size(encoder: nn.Module) -> tuple[int, int]:
+    """From the config, or from the patch embedding where the config has none (timm)."""
     config = getattr(encoder, "config", None)
-    timm_model = getattr(encoder, "timm_model", None)
-    for owner in (config, getattr(config, "backbone_config", None), getattr(timm_model, "patch_embed", None)):
+    for owner in (config, getattr(config, "backbone_config", None), *encoder.modules()):
         size = getattr(owner, "patch_size", None)
         if size is not None:
             return (size, size) if isinstance(size, int) else (size[0], size[1])
     raise ValueError(
-        f'{type(encoder).__name__} tells no patch_size in its config; only the pool "pooler" is known'
+        f'{type(encoder).__name__} tells no patch_size, so its tokens have no grid; use the pool "pooler"'
     )
 
 

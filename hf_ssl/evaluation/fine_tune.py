@@ -66,7 +66,7 @@ def fine_tune(
         batch_size: images a step and device.
         warmup_share: part of the steps in which the rate rises.
         augment: random resized crop and flip of the training images.
-        train_limit: at most so many training images, for instance 1 %.
+        train_limit: at most so many training images, evenly spread.
         test_limit: at most so many test images.
         seed: of order, augmentation and classifier.
         **training_arguments: anything else of `transformers.TrainingArguments`.
@@ -136,7 +136,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
     Args:
         source: labelled images, an `ImageSource` or a list of rows.
         processor: the image processor of the model.
-        limit: at most so many rows.
+        limit: at most so many rows, evenly spread over the source.
         augment: random resized crop and flip, drawn from torch's global generator.
         name: what the images are called in errors.
 
@@ -153,7 +153,7 @@ class LabelledImages(Dataset[dict[str, Tensor]]):
         augment: bool = False,
         name: str = "given",
     ) -> None:
-        numbered = enumerate(read_rows(source, limit))
+        numbered = read_rows(source, limit)
         self.rows = [row for number, row in numbered if decode_picture(row["image"], number) is not None]
         if not self.rows:
             raise ValueError(f"the {name} source has no readable image; check its path, split and limit")

@@ -26,9 +26,14 @@ class ImageBatch(NamedTuple):
 
 
 def read_batches(
-    source: Source, processor: Any, batch_size: int = 256, limit: int | None = None, start: int = 0
+    source: Source,
+    processor: Any,
+    batch_size: int = 256,
+    limit: int | None = None,
+    start: int = 0,
+    spread: bool = True,
 ) -> Iterator[ImageBatch]:
-    """Processed images of a source, row by row in its order; `list(...)` of it keeps them for several uses.
+    """Processed images of a source in its order; `list(...)` of it keeps them for several uses.
 
     Broken images are left out and named in the log.
 
@@ -38,11 +43,12 @@ def read_batches(
         batch_size: images a batch; the last one may be smaller.
         limit: at most so many rows.
         start: first row.
+        spread: how a limit chooses, see `read_rows`.
 
     Raises:
         ValueError: some rows have a label and some have none.
     """
-    rows = enumerate(read_rows(source, limit, start), start=start)
+    rows = read_rows(source, limit, start, spread)
     while chunk := list(islice(rows, batch_size)):
         pictures, labels, row_ids = [], [], []
         for row_id, row in chunk:
@@ -67,15 +73,36 @@ def count_classes(source: Source, labels: Tensor) -> int:
     return max(len(names) if names else 0, int(labels.max()) + 1)
 
 
-def read_rows(source: Source, limit: int | None = None, start: int = 0) -> Iterator[Mapping[str, Any]]:
-    """Undecoded rows {"image", "label"} of a source or of a list of rows, in order."""
-    if hasattr(source, "rows"):
-        return iter(source.rows(limit=limit, start=start))
+def read_rows(
+    source: Source, limit: int | None = None, start: int = 0, spread: bool = True
+) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Row numbers and undecoded rows {"image", "label"} of a source or of a list of rows, in order.
+
+    Args:
+        source: an `ImageSource`, or a sequence of rows.
+        limit: at most so many rows.
+        start: first row.
+        spread: with a limit, take rows at even distances instead of the first ones, which in a folder sorted
+            by class would be of one class. Streams that cannot be read at any row give the first ones.
+    """
+    if isinstance(source, Sequence):
+        num_rows: int | None = len(source)
+    elif hasattr(source, "rows"):
+        num_rows = getattr(source, "num_rows", None)
+    else:
+        raise TypeError(
+            f"{type(source).__name__} is no image source; use open_images of hf_ssl.data or a list of rows"
+        )
+    if not spread or limit is None or num_rows is None or num_rows - start <= limit:
+        return enumerate(_rows_from(source, limit, start), start=start)
+    indices = (start + number * (num_rows - start) // limit for number in range(limit))
+    return ((index, row) for index in indices for row in _rows_from(source, 1, index))
+
+
+def _rows_from(source: Source, limit: int | None, start: int) -> Iterator[Mapping[str, Any]]:
     if isinstance(source, Sequence):
         return islice(source, start, None if limit is None else start + limit)
-    raise TypeError(
-        f"{type(source).__name__} is no image source; use hf_ssl.data.sources.open_images or a list of rows"
-    )
+    return iter(source.rows(limit=limit, start=start))
 
 
 def decode_picture(image: Any, row_id: int) -> Image.Image | None:

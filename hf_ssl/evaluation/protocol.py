@@ -5,6 +5,7 @@ the encoder. Columns: kNN plain, centred and standardised, and a linear probe. A
 processed alike, in one pass through the data. The test set chooses nothing.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -20,6 +21,8 @@ from hf_ssl.evaluation.features import FeatureExtractor, FeatureSet, collect_fea
 from hf_ssl.evaluation.images import ImageBatch, Source, read_batches, source_name
 from hf_ssl.evaluation.knn import knn_accuracy
 from hf_ssl.evaluation.linear_probe import LinearProbe, fit_linear_probe, fit_linear_probe_sgd
+
+logger = logging.getLogger(__name__)
 
 ENCODER, RANDOM, PIXELS = "encoder", "random init", "pixels"
 NUM_STATISTICS_IMAGES = 2048  # for BatchNorm statistics of the random network
@@ -126,7 +129,7 @@ def evaluate_encoder(
         temperature: of the kNN.
         probe: "lbfgs", "sgd" (large training sets) or "none".
         batch_size: images a forward.
-        train_limit: at most so many training images, the first ones.
+        train_limit: at most so many training images, evenly spread over the source.
         test_limit: at most so many test images.
         device: where encoder, kNN and probe run.
         dtype: autocast type of the forwards.
@@ -151,6 +154,7 @@ def evaluate_encoder(
     extractors[ENCODER] = FeatureExtractor(encoder, pools, device, dtype)
     train = collect_features(extractors, train_batches)
     test = collect_features(extractors, test_batches)
+    _warn_of_unseen_classes(train, test)
     rows = score_features(
         train, test, num_neighbors=num_neighbors, temperature=temperature, probe=probe, device=device
     )
@@ -204,6 +208,18 @@ def score_features(
         )
         rows.append(row)
     return rows
+
+
+def _warn_of_unseen_classes(train: FeatureSet, test: FeatureSet) -> None:
+    assert train.labels is not None and test.labels is not None
+    unseen = sorted(set(test.labels.tolist()) - set(train.labels.tolist()))
+    if unseen:
+        logger.warning(
+            "%d classes of the test images have no training image (first: %d); raise train_limit, or shuffle "
+            "a stream that is sorted by class",
+            len(unseen),
+            unseen[0],
+        )
 
 
 def _probe_named(name: str) -> Callable[[Tensor, Tensor | None], LinearProbe] | None:

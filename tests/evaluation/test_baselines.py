@@ -88,6 +88,6 @@ def test_random_timm_cnn_gets_the_statistics_of_the_data():
     assert not torch.equal(fresh.timm_model.conv1.weight, encoder.timm_model.conv1.weight)
 
 
-def test_module_without_config_is_refused():
-    with pytest.raises(TypeError, match="no config"):
+def test_module_that_cannot_be_built_afresh_is_refused():
+    with pytest.raises(TypeError, match="pass initial_encoder"):
         random_encoder(NormNet(), [])

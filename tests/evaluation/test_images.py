@@ -6,7 +6,7 @@ from PIL import Image
 from torch.testing import assert_close
 from transformers import ViTImageProcessor
 
-from hf_ssl.evaluation.images import count_classes, read_batches
+from hf_ssl.evaluation.images import count_classes, read_batches, read_rows
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +71,28 @@ def test_classes_are_counted_by_name_or_by_label():
 
     assert count_classes(Source(), torch.tensor([0, 1])) == 3
     assert count_classes([], torch.tensor([0, 1])) == 2
+
+
+class SortedSource:
+    """A hundred rows sorted into ten classes; counts what is read."""
+
+    def __init__(self, num_rows=100):
+        self.num_rows, self.num_read = num_rows, 0
+
+    def rows(self, limit=None, start=0):
+        for index in list(range(100))[start : None if limit is None else start + limit]:
+            self.num_read += 1
+            yield {"image": png(0), "label": index // 10}
+
+
+def test_limit_takes_every_class_of_a_sorted_source_and_reads_no_more():
+    source = SortedSource()
+    found = list(read_rows(source, limit=20))
+    assert [index for index, _ in found] == list(range(0, 100, 5))
+    assert [row["label"] for _, row in found] == [label for label in range(10) for _ in range(2)]
+    assert source.num_read == 20
+    assert [index for index, _ in read_rows(list(range(7)), limit=3)] == [0, 2, 4]
+
+
+def test_limit_of_a_stream_of_unknown_length_takes_the_first_rows():
+    assert [index for index, _ in read_rows(SortedSource(num_rows=None), limit=3, start=2)] == [2, 3, 4]

@@ -113,3 +113,9 @@ def test_unusable_input_is_refused_in_one_line(encoder, processor, change, messa
     with pytest.raises(ValueError, match=message) as caught:
         evaluate_encoder(encoder, processor, **{**arguments, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_classes_without_a_training_image_are_warned_of(encoder, processor, caplog):
+    train = [{**row, "label": row["label"] + 1} for row in colored(8)]
+    evaluate_encoder(encoder, processor, train, colored(4), ["mean"], floors=False, probe="none")
+    assert "1 classes of the test images have no training image (first: 0)" in caplog.text
