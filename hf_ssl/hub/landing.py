@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
 from hf_ssl.hub.landing_timm import land_timm
@@ -19,6 +18,7 @@ from hf_ssl.hub.native import Landing
 from hf_ssl.hub.parity import check_parity
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
@@ -50,14 +50,14 @@ class ExportReport:
 def export_encoder(
     model_or_run_folder: SSLPreTrainedModel | str | Path,
     folder: str | Path,
-    processor: TorchvisionBackend | None = None,
+    processor: SSLImageProcessor | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the encoder as a native model.
 
     Args:
-        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch is taken), or the folder
-            of a run or checkpoint.
+        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch), or the folder of a
+            run or checkpoint.
         folder: target; absent, empty or an earlier export.
         processor: the image processor; None takes the run folder's, else the method's own.
         overwrite: replace whatever the target holds.
@@ -68,18 +68,24 @@ def export_encoder(
     Raises:
         FileExistsError: the target holds something else.
         FileNotFoundError: the run folder holds no checkpoint.
-        ValueError: no native class computes what the encoder computes, or the reloaded export differs from it.
+        ValueError: no native class computes what the encoder computes, or the reloaded export differs.
     """
     folder = Path(folder).absolute()
     if isinstance(model_or_run_folder, str | Path):
         source = Path(model_or_run_folder).resolve()
         if source.is_relative_to(folder.resolve()):
-            raise ValueError(f"the target {folder} would replace the run it is made from; give another folder")
+            raise ValueError(
+                f"the target {folder} would replace the run it is made from; give another folder"
+            )
     refuse_foreign_folder(folder, _FILES, REPORT_FILE, overwrite)
     model, processor, notes = _load(model_or_run_folder, processor)
     backbone = _plain_copy(model)
     _check_channels(backbone, processor)
-    landing = land_timm(backbone, processor) if isinstance(backbone, SSLTimmBackbone) else land_vit(backbone, processor)
+    landing = (
+        land_timm(backbone, processor)
+        if isinstance(backbone, SSLTimmBackbone)
+        else land_vit(backbone, processor)
+    )
     reports = []
 
     def write(partial: Path) -> None:
@@ -94,15 +100,17 @@ def export_encoder(
 
 
 def _load(
-    model_or_run_folder: SSLPreTrainedModel | str | Path, processor: TorchvisionBackend | None
-) -> tuple[SSLPreTrainedModel, TorchvisionBackend, list[str]]:
+    model_or_run_folder: SSLPreTrainedModel | str | Path, processor: SSLImageProcessor | None
+) -> tuple[SSLPreTrainedModel, SSLImageProcessor, list[str]]:
     from transformers import AutoImageProcessor, AutoModel
 
     model, notes = model_or_run_folder, []
     if isinstance(model, str | Path):
         run = Path(model)
         if not (run / "config.json").is_file():
-            raise FileNotFoundError(f"{run} holds no config.json; give the folder of a run or of a checkpoint")
+            raise FileNotFoundError(
+                f"{run} holds no config.json; give the folder of a run or of a checkpoint"
+            )
         model = AutoModel.from_pretrained(run, dtype=torch.float32)
         if processor is None and (run / "preprocessor_config.json").is_file():
             processor = AutoImageProcessor.from_pretrained(run)
@@ -111,7 +119,9 @@ def _load(
     if processor is None:
         method = next(method for method in METHODS.values() if isinstance(model.config, method.config_class))
         processor = method.processor_class.for_image_size(model.config.image_size)
-        notes.append(f"no image processor was given: the folder has {method.prefix}'s own for the training size")
+        notes.append(
+            f"no image processor was given: the folder has {method.prefix}'s own for the training size"
+        )
     return model, processor, notes
 
 
@@ -123,12 +133,12 @@ def _plain_copy(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
     return backbone  # type: ignore[no-any-return]
 
 
-def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: TorchvisionBackend) -> None:
+def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> None:
     channels = backbone.config.num_channels
     if processor.do_normalize and len(processor.image_mean) != channels:
         raise ValueError(
-            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass a "
-            f"processor with {channels} values of image_mean and image_std"
+            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass "
+            f"a processor with {channels} values of image_mean and image_std"
         )
 
 
