@@ -32,7 +32,7 @@ def refuse_foreign_folder(folder: Path, own_files: Iterable[str], marker: str, o
 
 
 def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a sibling folder, flush it to the disk and rename it; an error leaves `folder` as it was.
+    """Let `write` fill a sibling folder, flush it and rename it; an error leaves `folder` as it was.
 
     Args:
         folder: the target; replaced if it exists.

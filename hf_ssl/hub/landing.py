@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
 from hf_ssl.hub.landing_timm import land_timm
@@ -19,6 +18,7 @@ from hf_ssl.hub.native import Landing
 from hf_ssl.hub.parity import check_parity
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
@@ -50,14 +50,14 @@ class ExportReport:
 def export_encoder(
     model_or_run_folder: SSLPreTrainedModel | str | Path,
     folder: str | Path,
-    processor: TorchvisionBackend | None = None,
+    processor: SSLImageProcessor | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write the encoder as a native model.
 
     Args:
-        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch is taken), or the folder
-            of a run or checkpoint.
+        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch), or the folder of a
+            run or checkpoint.
         folder: target; absent, empty or an earlier export.
         processor: the image processor; None takes the run folder's, else the method's own.
         overwrite: replace whatever the target holds.
@@ -68,7 +68,7 @@ def export_encoder(
     Raises:
         FileExistsError: the target holds something else.
         FileNotFoundError: the run folder holds no checkpoint.
-        ValueError: no native class computes what the encoder computes, or the reloaded export differs from it.
+        ValueError: no native class computes what the encoder computes, or the reloaded export differs.
     """
     folder = Path(folder).absolute()
     if isinstance(model_or_run_folder, str | Path):
@@ -100,8 +100,8 @@ def export_encoder(
 
 
 def _load(
-    model_or_run_folder: SSLPreTrainedModel | str | Path, processor: TorchvisionBackend | None
-) -> tuple[SSLPreTrainedModel, TorchvisionBackend, list[str]]:
+    model_or_run_folder: SSLPreTrainedModel | str | Path, processor: SSLImageProcessor | None
+) -> tuple[SSLPreTrainedModel, SSLImageProcessor, list[str]]:
     from transformers import AutoImageProcessor, AutoModel
 
     model, notes = model_or_run_folder, []
@@ -133,12 +133,12 @@ def _plain_copy(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
     return backbone  # type: ignore[no-any-return]
 
 
-def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: TorchvisionBackend) -> None:
+def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> None:
     channels = backbone.config.num_channels
     if processor.do_normalize and len(processor.image_mean) != channels:
         raise ValueError(
-            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass a "
-            f"processor with {channels} values of image_mean and image_std"
+            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass "
+            f"a processor with {channels} values of image_mean and image_std"
         )
 
 

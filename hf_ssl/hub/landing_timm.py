@@ -1,37 +1,21 @@
-"""A CNN (any timm backbone) in timm's own Hub format, which timm and transformers' `TimmWrapperModel` read.
-
-The small-image stem (3x3 convolution, no pooling) is rewritten for stock timm, whose ResNets start with a 7x7
-convolution of stride 2 and pooling of stride 2. The input is enlarged by repeating pixels, the 3x3 kernel is
-spread over the 7x7 so that its taps meet three neighbouring original pixels, and the pooling becomes the
-convolution of `replace_stem_pool`, which picks single positions:
-
-    stride 1: input 4x, taps 0, 3, 6, picks position 2i + 1, whose taps meet enlarged pixels 4i - 1, 4i + 2, 4i + 5
-    stride 2: input 2x, taps 1, 3, 5, picks position 2i,     whose taps meet enlarged pixels 4i - 2, 4i, 4i + 2
-
-which are the original pixels i - 1, i, i + 1 (stride 1) and 2i - 1, 2i, 2i + 1 (stride 2); outside the image
-both read zeros.
-"""
+"""A CNN (any timm backbone) in timm's own Hub format, read by timm and transformers' `TimmWrapperModel`."""
 
 import json
 import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from transformers.image_processing_backends import TorchvisionBackend
+from torch import nn
 from transformers.image_utils import PILImageResampling
 
 from hf_ssl.hub.native import Landing, processor_geometry
+from hf_ssl.hub.small_stem import ENLARGEMENT, rewrite_small_stem
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
-
-_ENLARGEMENT = {0: 1, 1: 4, 2: 2}  # by small_stem_stride
-_KERNEL_TAPS = {1: (0, 3, 6), 2: (1, 3, 5)}
-_POOL_TAP = {1: 2, 2: 1}
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 
 
-def land_timm(backbone: SSLTimmBackbone, processor: TorchvisionBackend) -> Landing:
+def land_timm(backbone: SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
     """The timm form of a timm backbone.
 
     Raises:
@@ -42,14 +26,14 @@ def land_timm(backbone: SSLTimmBackbone, processor: TorchvisionBackend) -> Landi
     network = _build_stock(architecture, backbone.config.num_channels, model_args)
     own_state = backbone.network.state_dict()
     if stride:
-        own_state = {**own_state, **_rewrite_stem(backbone.network, network, stride)}
+        own_state = {**own_state, **rewrite_small_stem(backbone.network, network, stride)}
     state = {name: own_state[name].clone().contiguous() for name in network.state_dict()}
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": int(network.num_features),
         "model_args": model_args,
-        "pretrained_cfg": _pretrained_cfg(backbone, processor, _ENLARGEMENT[stride]),
+        "pretrained_cfg": _pretrained_cfg(backbone, processor, ENLARGEMENT[stride]),
     }
 
     def write(folder: Path) -> None:
@@ -62,8 +46,13 @@ def land_timm(backbone: SSLTimmBackbone, processor: TorchvisionBackend) -> Landi
         state_names=[info["module"] for info in network.feature_info]
         if hasattr(network, "feature_info")
         else [],
+<<<<<<< HEAD
         enlargement=_ENLARGEMENT[stride],
         notes=_notes(backbone, processor, _ENLARGEMENT[stride]),
+=======
+        enlargement=ENLARGEMENT[stride],
+        notes=_notes(backbone, processor, ENLARGEMENT[stride]),
+>>>>>>> landing
     )
 
 
@@ -87,6 +76,7 @@ def _build_stock(architecture: str, num_channels: int, model_args: dict[str, Any
     )
 
 
+<<<<<<< HEAD
 def _rewrite_stem(own: nn.Module, stock: nn.Module, stride: int) -> dict[str, Tensor]:
     """Tensors of the stock stem that computes our small stem on the enlarged image."""
     pool, norm, activation = _stem_pool(stock)
@@ -120,14 +110,18 @@ def _stem_pool(stock: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
 
 def _pretrained_cfg(
     backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int
+=======
+def _pretrained_cfg(
+    backbone: SSLTimmBackbone, processor: SSLImageProcessor, enlargement: int
+>>>>>>> landing
 ) -> dict[str, Any]:
     height, width, edge = processor_geometry(processor)
     if not processor.do_rescale or not math.isclose(processor.rescale_factor, 1 / 255):
         raise ValueError("timm's transforms divide by 255; use do_rescale=True and rescale_factor=1/255")
     if edge is not None and (height != width or enlargement > 1):
         raise ValueError(
-            f"timm cannot express a resize to {edge} and a crop to {height}x{width} with this stem; resize the whole "
-            'image: size={"height": ..., "width": ...}, do_center_crop=False'
+            f"timm cannot express a resize to {edge} and a crop to {height}x{width} with this stem; resize the "
+            'whole image: size={"height": ..., "width": ...}, do_center_crop=False'
         )
     normalize = processor.do_normalize
     channels = backbone.config.num_channels
@@ -138,7 +132,7 @@ def _pretrained_cfg(
         "mean": list(processor.image_mean) if normalize else [0.0] * channels,
         "std": list(processor.image_std) if normalize else [1.0] * channels,
         "interpolation": PILImageResampling(resample).name.lower(),
-        # timm resizes the shorter edge to floor(side / crop_pct); the half keeps rounding from losing a pixel.
+        # timm resizes the shorter edge to floor(side / crop_pct); the half outlives rounding.
         "crop_pct": 1.0 if edge is None else height / (edge + 0.5),
         "crop_mode": "squash" if edge is None else "center",
         "num_classes": 0,
@@ -149,7 +143,7 @@ def _pretrained_cfg(
     }
 
 
-def _notes(backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int) -> list[str]:
+def _notes(backbone: SSLTimmBackbone, processor: SSLImageProcessor, enlargement: int) -> list[str]:
     height, width, _ = processor_geometry(processor)
     if enlargement == 1:
         return [
@@ -158,6 +152,5 @@ def _notes(backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement
     return [
         f"bring images to {height}x{width} pixels first: the processor enlarges them {enlargement} times by "
         "repeating pixels, and an image of another size would be sampled without smoothing",
-        "for fine-tuning: maxpool.1 is a norm that the export added as an identity; it is one in eval mode only "
-        "(timm_model.maxpool.eval())",
+        "the norm maxpool.1 was added by the export: an identity in eval mode, nearly one while fine-tuning",
     ]

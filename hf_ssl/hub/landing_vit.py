@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_ssl.hub.native import Landing
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
 _PROCESSOR_FIELDS = (
@@ -25,7 +25,7 @@ _PROCESSOR_FIELDS = (
 )  # fmt: skip
 
 
-def land_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend) -> Landing:
+def land_vit(backbone: SSLViTBackbone, processor: SSLImageProcessor) -> Landing:
     """Choose the native class of a ViT.
 
     Raises:
@@ -34,9 +34,7 @@ def land_vit(backbone: SSLViTBackbone, processor: TorchvisionBackend) -> Landing
     native_class = choose_native_class(backbone.config)
     notes = []
     if native_class == "IJepaModel":
-        notes.append(
-            "no class token: the native class has no pooled output (pool=True fails); average last_hidden_state"
-        )
+        notes.append("no class token: there is no pooled output, pool=True fails; average last_hidden_state")
     if backbone.config.use_mask_token:
         notes.append("the mask token stays in the pre-training checkpoint")
     names = [f"layers.{index}" for index in range(backbone.config.num_hidden_layers)]
@@ -64,14 +62,18 @@ def choose_native_class(config: SSLViTConfig) -> str:
         )
     if config.intermediate_size % config.hidden_size:  # type: ignore[operator]
         raise ValueError(
-            f"the native class needs an intermediate_size that is a multiple of hidden_size {config.hidden_size}, "
-            f"got {config.intermediate_size}"
+            f"the native class needs an intermediate_size that is a multiple of hidden_size, got "
+            f"{config.intermediate_size} and {config.hidden_size}"
         )
     return "Dinov2WithRegistersModel" if config.num_register_tokens else "Dinov2Model"
 
 
 def write_vit(
+<<<<<<< HEAD
     backbone: SSLViTBackbone, processor: TorchvisionBackend, native_class: str, folder: Path
+=======
+    backbone: SSLViTBackbone, processor: SSLImageProcessor, native_class: str, folder: Path
+>>>>>>> landing
 ) -> None:
     """Write the native model and its `ViTImageProcessor`."""
     from transformers import ViTImageProcessor

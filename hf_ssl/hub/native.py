@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers.image_processing_backends import TorchvisionBackend
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 
 
 @dataclass
@@ -28,10 +28,10 @@ class Landing:
     notes: list[str] = field(default_factory=list)
 
 
-def processor_geometry(processor: TorchvisionBackend) -> tuple[int, int, int | None]:
-    """Height and width of the processed image, and the side to which the shorter edge is resized before a crop.
+def processor_geometry(processor: SSLImageProcessor) -> tuple[int, int, int | None]:
+    """Height and width of the processed image, and the length of its shorter edge before a crop.
 
-    The last is None where the image is resized to height and width as it is.
+    The last is None where the whole image is resized to height and width.
 
     Raises:
         ValueError: the processor's output has no fixed size.
@@ -45,6 +45,6 @@ def processor_geometry(processor: TorchvisionBackend) -> tuple[int, int, int | N
     elif processor.do_resize and size.get("height") and size.get("width"):
         return size["height"], size["width"], None
     raise ValueError(
-        f"cannot export a processor with size {dict(size)} and do_center_crop {processor.do_center_crop}; use "
-        "for_image_size of the method's image processor"
+        f"cannot export a processor with size {dict(size)} and do_center_crop {processor.do_center_crop}; "
+        "use for_image_size of the method's image processor"
     )

@@ -8,16 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.image_processing_backends import TorchvisionBackend
 
 from hf_ssl.hub.native import Landing, processor_geometry
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 
 TOLERANCE = 1e-5  # largest difference, relative to the largest feature where that is above 1
 NUM_IMAGES = 4
 
 
 def random_images(num_channels: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Smooth coloured patterns with a little noise, uint8 (B, C, H, W): values and spectrum of photographs."""
+    """Smooth coloured patterns with a little noise, uint8 (B, C, H, W); spectra like photographs."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(NUM_IMAGES, num_channels, 5, 5, generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
@@ -31,7 +31,7 @@ def enlarge(images_BCHW: Tensor, times: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_parity(backbone: nn.Module, processor: TorchvisionBackend, landing: Landing, folder: Path) -> float:
+def check_parity(backbone: nn.Module, processor: SSLImageProcessor, landing: Landing, folder: Path) -> float:
     """Compare the folder, loaded as a user loads it, with our encoder.
 
     Args:
@@ -68,13 +68,13 @@ def check_parity(backbone: nn.Module, processor: TorchvisionBackend, landing: La
     if not is_close:
         layer = _first_difference(backbone, native, landing, own_input, native_input)
         raise ValueError(
-            f"{landing.native_class} differs from our encoder by {difference:.1e} (limit {TOLERANCE:.0e}), first in "
-            f"'{layer}'; nothing was exported"
+            f"{landing.native_class} differs from our encoder by {difference:.1e} (limit {TOLERANCE:.0e}), first "
+            f"in '{layer}'; nothing was exported"
         )
     return difference
 
 
-def _normalized(images_BCHW: Tensor, processor: TorchvisionBackend) -> Tensor:
+def _normalized(images_BCHW: Tensor, processor: SSLImageProcessor) -> Tensor:
     pixels = images_BCHW / 255
     if not processor.do_normalize:
         return pixels
@@ -118,9 +118,9 @@ def _first_difference(
 
 
 def _check_processors(
-    processor: TorchvisionBackend, landing: Landing, folder: Path, images_BCHW: Tensor
+    processor: SSLImageProcessor, landing: Landing, folder: Path, images_BCHW: Tensor
 ) -> None:
-    """Compare the processors on one image of the training size; resizing may move a pixel by one grey level."""
+    """Compare the processors on one image; resizing may move a pixel by one grey level."""
     from PIL import Image
     from transformers import AutoImageProcessor
 
@@ -133,6 +133,6 @@ def _check_processors(
     grey_level = 1 / 255 / (min(processor.image_std) if processor.do_normalize else 1.0)
     if own.shape != native.shape or not float((own - native).abs().max()) <= 1.01 * grey_level:
         raise ValueError(
-            f"the exported processor gives {tuple(native.shape)} pixels that differ from ours, {tuple(own.shape)}, by "
-            "more than one grey level; nothing was exported"
+            f"the exported processor gives {tuple(native.shape)} pixels that differ from ours, {tuple(own.shape)}, "
+            "by more than one grey level; nothing was exported"
         )
