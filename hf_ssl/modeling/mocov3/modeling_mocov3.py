@@ -17,7 +17,14 @@ from hf_ssl.modeling.shared.distributed import all_gather, convert_batchnorm, ra
 from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.losses import paired_contrastive_loss
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.pretraining import Branch, SSLForPreTraining, SSLModel, split_views, std_of_normalized
+from hf_ssl.modeling.shared.pretraining import (
+    TEACHER_TENSORS,
+    Branch,
+    SSLForPreTraining,
+    SSLModel,
+    split_views,
+    std_of_normalized,
+)
 from hf_ssl.modeling.shared.teacher import cosine_momentum, update_teacher
 
 from .configuration_mocov3 import MoCoV3Config
@@ -33,7 +40,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
     """Student with predictor, teacher, and the symmetric contrastive loss."""
 
     config_class = MoCoV3Config
-    _keep_in_fp32_modules_strict = ["teacher"]
+    _keep_in_fp32_modules_strict = [TEACHER_TENSORS]
 
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)

@@ -65,6 +65,8 @@ class SSLViTPatchEmbeddings(nn.Module):
             raise ValueError(f"expected {self.num_channels} channels, got {pixel_values.shape[1]}")
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(f"image of {height}x{width} pixels is not a multiple of patch_size {self.patch_size}")
+        # Here and not in the model: with a float32 teacher the two branches of a half-precision model differ.
+        pixel_values = pixel_values.to(self.projection.weight.dtype)
         if kept_index_BM is None:
             return self.projection(pixel_values).flatten(2).transpose(1, 2)
         pixels_BMP = gather_pixel_patches(pixel_values, self.patch_size, kept_index_BM)
