@@ -46,13 +46,8 @@ def land_timm(backbone: SSLTimmBackbone, processor: SSLImageProcessor) -> Landin
         state_names=[info["module"] for info in network.feature_info]
         if hasattr(network, "feature_info")
         else [],
-<<<<<<< HEAD
-        enlargement=_ENLARGEMENT[stride],
-        notes=_notes(backbone, processor, _ENLARGEMENT[stride]),
-=======
         enlargement=ENLARGEMENT[stride],
         notes=_notes(backbone, processor, ENLARGEMENT[stride]),
->>>>>>> landing
     )
 
 
@@ -76,44 +71,8 @@ def _build_stock(architecture: str, num_channels: int, model_args: dict[str, Any
     )
 
 
-<<<<<<< HEAD
-def _rewrite_stem(own: nn.Module, stock: nn.Module, stride: int) -> dict[str, Tensor]:
-    """Tensors of the stock stem that computes our small stem on the enlarged image."""
-    pool, norm, activation = _stem_pool(stock)
-    kernel = torch.zeros_like(stock.conv1.weight)
-    taps = torch.tensor(_KERNEL_TAPS[stride])
-    kernel[:, :, taps[:, None], taps[None, :]] = own.conv1.weight.detach()
-    pick = torch.zeros_like(pool.weight)
-    channels = torch.arange(len(pick))
-    pick[channels, channels, _POOL_TAP[stride], _POOL_TAP[stride]] = 1
-    return {
-        "conv1.weight": kernel,
-        "maxpool.0.weight": pick,
-        "maxpool.1.weight": torch.ones_like(norm.weight),
-        "maxpool.1.bias": torch.zeros_like(norm.bias),
-        "maxpool.1.running_mean": torch.zeros_like(norm.running_mean),
-        "maxpool.1.running_var": torch.full_like(norm.running_var, 1 - norm.eps),
-        "maxpool.1.num_batches_tracked": torch.zeros_like(norm.num_batches_tracked),
-    }
-
-
-def _stem_pool(stock: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d, nn.ReLU]:
-    layers = list(stock.maxpool) if isinstance(stock.maxpool, nn.Sequential) else []
-    kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
-    if len(layers) != 3 or not all(map(isinstance, layers, kinds)) or layers[0].stride != (2, 2):
-        raise ValueError(
-            "the small stem lands in timm only for BatchNorm, ReLU and no aa_layer; got a stem pooling of "
-            f"{[type(layer).__name__ for layer in layers]}: leave norm_layer, act_layer and aa_layer out of model_args"
-        )
-    return layers[0], layers[1], layers[2]
-
-
-def _pretrained_cfg(
-    backbone: SSLTimmBackbone, processor: TorchvisionBackend, enlargement: int
-=======
 def _pretrained_cfg(
     backbone: SSLTimmBackbone, processor: SSLImageProcessor, enlargement: int
->>>>>>> landing
 ) -> dict[str, Any]:
     height, width, edge = processor_geometry(processor)
     if not processor.do_rescale or not math.isclose(processor.rescale_factor, 1 / 255):

@@ -69,11 +69,7 @@ def choose_native_class(config: SSLViTConfig) -> str:
 
 
 def write_vit(
-<<<<<<< HEAD
-    backbone: SSLViTBackbone, processor: TorchvisionBackend, native_class: str, folder: Path
-=======
     backbone: SSLViTBackbone, processor: SSLImageProcessor, native_class: str, folder: Path
->>>>>>> landing
 ) -> None:
     """Write the native model and its `ViTImageProcessor`."""
     from transformers import ViTImageProcessor

@@ -22,6 +22,7 @@ from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.losses import normalize, queue_contrastive_loss
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import (
+    TEACHER_TENSORS,
     Branch,
     SSLForPreTraining,
     SSLModel,
@@ -45,7 +46,7 @@ class MoCoForPreTraining(SSLForPreTraining):
     """Student, teacher, queue and the contrastive loss."""
 
     config_class = MoCoConfig
-    _keep_in_fp32_modules_strict = ["teacher", "queue"]
+    _keep_in_fp32_modules_strict = [TEACHER_TENSORS, r"^queue\.keys$"]
 
     def __init__(self, config: MoCoConfig) -> None:
         super().__init__(config)

@@ -18,6 +18,7 @@ from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.losses import paired_contrastive_loss
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import (
+    TEACHER_TENSORS,
     Branch,
     SSLForPreTraining,
     SSLModel,
@@ -39,7 +40,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
     """Student with predictor, teacher, and the symmetric contrastive loss."""
 
     config_class = MoCoV3Config
-    _keep_in_fp32_modules_strict = ["teacher"]
+    _keep_in_fp32_modules_strict = [TEACHER_TENSORS]
 
     def __init__(self, config: MoCoV3Config) -> None:
         super().__init__(config)
@@ -102,9 +103,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
         """
         if row_index is None or self._prepared_keys is None:
             keys = self.make_keys(pixel_values)
-            row_index = torch.arange(len(pixel_values), device=pixel_values.device) + rank() * len(
-                pixel_values
-            )
+            row_index = torch.arange(len(pixel_values), device=pixel_values.device) + rank() * len(pixel_values)
         else:
             keys = self._prepared_keys
         predictions, features = [], []
@@ -131,9 +130,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
     def check_global_batch(self, global_batch_size: int) -> None:
         """Refuse a batch without negatives."""
         if global_batch_size < 2:
-            raise ValueError(
-                f"MoCo v3 needs at least 2 images per step for negatives, got {global_batch_size}"
-            )
+            raise ValueError(f"MoCo v3 needs at least 2 images per step for negatives, got {global_batch_size}")
 
     def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss when the keys of `num_images` cannot be told apart."""

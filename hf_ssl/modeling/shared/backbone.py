@@ -4,10 +4,11 @@ The small-image stem (a 3x3 convolution without pooling, SimCLR appendix B.9) ex
 because only theirs can be exported to stock timm.
 """
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
-from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_ssl.modeling.shared.configuration import SMALL_IMAGE_SIDE, SSLTimmConfig, SSLViTConfig
@@ -28,14 +29,21 @@ class SSLTimmBackbone(nn.Module):
         self.hidden_size = int(self.network.num_features)
         if not next(self.network.parameters()).is_meta:
             # timm has initialised it as the architecture wants; `_init_weights` must not do it again.
-            for module in self.modules():
+            for module in self.network.modules():
                 module._is_hf_initialized = True  # type: ignore[assignment]
 
-    def initialize_parameters(self) -> None:
-        """Start what a checkpoint lacks as timm starts it; runs only for networks built on the meta device."""
-        fresh = _create_timm_model(self.config).state_dict()
-        for name, tensor in self.network.state_dict(keep_vars=True).items():
-            init.copy_(tensor, fresh[name])
+    @torch.no_grad()
+    def start_afresh(self, names: Collection[str]) -> None:
+        """Give tensors of `network` the values of a new network; `from_pretrained` builds it on the meta device.
+
+        Args:
+            names: keys of `network.state_dict()`.
+        """
+        if not names:
+            return
+        state, fresh = self.network.state_dict(), _create_timm_model(self.config).state_dict()
+        for name in names:
+            state[name].copy_(fresh[name])
 
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool = False, output_attentions: bool = False
@@ -51,6 +59,7 @@ class SSLTimmBackbone(nn.Module):
         """
         if output_attentions:
             raise ValueError("timm backbones return no attention weights; use an hf_ssl_vit backbone")
+        pixel_values = pixel_values.to(next(self.network.parameters()).dtype)
         hidden_states = None
         if output_hidden_states:
             features, maps = self.network.forward_intermediates(pixel_values)  # type: ignore[operator]

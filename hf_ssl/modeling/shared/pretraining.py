@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_ssl.modeling.shared.backbone import build_backbone
+from hf_ssl.modeling.shared.backbone import SSLTimmBackbone, build_backbone
 from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
 from hf_ssl.modeling.shared.initialization import initialize_module
+from hf_ssl.modeling.shared.losses import full_precision
 from hf_ssl.modeling.shared.outputs import SSLOutput
 
 logger = logging.getLogger(__name__)
+
+# For `_keep_in_fp32_modules_strict`, whose entries are searched as regular expressions: it casts whatever it
+# matches, so the counters of BatchNorm must not match.
+TEACHER_TENSORS = r"^teacher\..+(?<!num_batches_tracked)$"
 
 
 class SSLPreTrainedModel(PreTrainedModel):
@@ -70,7 +75,17 @@ class SSLPreTrainedModel(PreTrainedModel):
         return (model, info) if wants_info else model
 
     def _after_loading(self, info: dict[str, Any]) -> None:
-        """Hook for what a checkpoint lacks."""
+        """Finish what a checkpoint lacks: timm's networks know better than `_init_weights` how they start."""
+        unread = _unread_tensors(info)
+        for prefix, module in self.named_modules():
+            if isinstance(module, SSLTimmBackbone):
+                start = f"{prefix}.network."
+                module.start_afresh({name.removeprefix(start) for name in unread if name.startswith(start)})
+
+
+def _unread_tensors(info: dict[str, Any]) -> set[str]:
+    """Names that a checkpoint lacks or holds in another shape."""
+    return set(info["missing_keys"]) | {name for name, *_ in info.get("mismatched_keys", ())}
 
 
 class SSLModel(SSLPreTrainedModel):
@@ -104,7 +119,7 @@ class SSLModel(SSLPreTrainedModel):
             `pooler_output` (B, D): the class token, or the mean of patches or positions.
         """
         outputs = self.backbone(
-            pixel_values.to(self.dtype),
+            pixel_values,
             output_hidden_states=bool(_first_set(output_hidden_states, self.config.output_hidden_states)),
             output_attentions=bool(_first_set(output_attentions, self.config.output_attentions)),
         )
@@ -247,9 +262,13 @@ class SSLForPreTraining(SSLPreTrainedModel):
     @torch.no_grad()
     def _after_loading(self, info: dict[str, Any]) -> None:
         """Copy what only one branch has to the other; where neither has it, the teacher starts as the student."""
+        super()._after_loading(info)
         if not self.has_teacher:
             return
-        unread = set(info["missing_keys"]) | {key for key, *_ in info.get("mismatched_keys", ())}
+        # Loading keeps what it reads in float32, but makes what it lacks in the requested dtype.
+        for tensor in [*self.teacher.parameters(), *self.teacher.buffers()]:
+            tensor.data = full_precision(tensor.data) if tensor.is_floating_point() else tensor.data
+        unread = _unread_tensors(info)
         state = self.state_dict()
         for name in self.teacher.state_dict():
             student, teacher = f"student.{name}", f"teacher.{name}"
@@ -299,13 +318,8 @@ class Branch(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Pooled backbone features (B, D) and head outputs (B, d) of images (B, C, H, W)."""
-        # A model loaded in half precision keeps its teacher in float32, so the branches want different inputs.
-        features_BD = self.backbone(pixel_values.to(_dtype_of(self.backbone))).pooler_output
+        features_BD = self.backbone(pixel_values).pooler_output
         return features_BD, self.head(features_BD)
-
-
-def _dtype_of(module: nn.Module) -> torch.dtype:
-    return next(module.parameters()).dtype
 
 
 def generator_of_step(seed: int, step: int) -> torch.Generator:

@@ -1,0 +1,164 @@
+"""Tiny models of every method: one row of the table `TINY_METHODS` gives a method all shared tests."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.outputs import SSLOutput
+from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel
+
+TINY_VIT = {
+    "model_type": "hf_ssl_vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
+TINY_RESNET = {
+    "model_type": "hf_ssl_timm",
+    "architecture": "resnet18",
+    "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "image_size": 16,
+}
+TINY_MOCO_V3_HEADS = {"projection_size": 8, "projection_hidden_size": 16}
+
+
+@dataclass(frozen=True)
+class TinyMethod:
+    """One row: a method in one of its forms, small enough for milliseconds.
+
+    Attributes:
+        name: of the row, in test names.
+        method: key of `METHODS`.
+        backbone: fields of `backbone_config` beside or instead of the method's default ones.
+        options: fields of the method's config.
+        num_views: views of an image in a batch; 0 for methods that take one image without a view dimension.
+        local_batch_norm: statistics of one process, so that merged batches differ (MoCo with BatchNorm).
+    """
+
+    name: str
+    method: str
+    backbone: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
+    num_views: int = 2
+    local_batch_norm: bool = False
+
+    @property
+    def has_vit(self) -> bool:
+        """Whether the backbone is our ViT."""
+        return self.backbone["model_type"] == "hf_ssl_vit"
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images."""
+        return int(self.backbone["image_size"])
+
+    def config(self, **changes: Any) -> Any:
+        """The config; `changes` replace options, those of `backbone_config` are merged into the backbone."""
+        default = METHODS[self.method].config_class.default_backbone
+        inherited = default if default["model_type"] == self.backbone["model_type"] else {}
+        backbone = {**inherited, **self.backbone, **changes.pop("backbone_config", {})}
+        return METHODS[self.method].config_class(backbone_config=backbone, **{**self.options, **changes})
+
+    def build(self, seed: int = 0, **changes: Any) -> SSLForPreTraining:
+        """A fresh pre-training model in train mode."""
+        torch.manual_seed(seed)
+        model: SSLForPreTraining = METHODS[self.method].pretraining_class(self.config(**changes))
+        return model.train()
+
+    def build_encoder(self, seed: int = 0, **changes: Any) -> SSLModel:
+        """A fresh encoder in eval mode."""
+        torch.manual_seed(seed)
+        model: SSLModel = METHODS[self.method].model_class(self.config(**changes))
+        return model.eval()
+
+    def images(self, num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A batch as the method takes it: every view is the image with its own noise."""
+        generator = torch.Generator().manual_seed(seed)
+        side = self.image_size
+        image = torch.randn(num_images, 1, 3, side, side, generator=generator, dtype=dtype)
+        if not self.num_views:
+            return image[:, 0]
+        noise = torch.randn(num_images, self.num_views, 3, side, side, generator=generator, dtype=dtype)
+        return image + 0.3 * noise
+
+
+TINY_METHODS = [
+    TinyMethod("simclr-vit", "simclr", TINY_VIT, {"projection_size": 8, "temperature": 0.5}),
+    TinyMethod("simclr-cnn", "simclr", TINY_RESNET, {"projection_size": 8, "num_projection_layers": 3}),
+    TinyMethod(
+        "moco-v1",
+        "moco",
+        TINY_VIT,
+        {"projection_head": "linear", "projection_size": 8, "queue_length": 64, "temperature": 0.07},
+    ),
+    TinyMethod("moco-v2", "moco", TINY_VIT, {"projection_size": 8, "queue_length": 64}),
+    TinyMethod(
+        "moco-v2-splits",
+        "moco",
+        TINY_RESNET,
+        {"projection_size": 8, "queue_length": 64, "batch_norm_splits": 2},
+        local_batch_norm=True,
+    ),
+    TinyMethod("mocov3-vit", "mocov3", TINY_VIT, TINY_MOCO_V3_HEADS),
+    TinyMethod("mocov3-cnn", "mocov3", TINY_RESNET, TINY_MOCO_V3_HEADS),
+    TinyMethod(
+        "mae",
+        "mae",
+        TINY_VIT,
+        {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
+        num_views=0,
+    ),
+]
+BY_NAME = {row.name: row for row in TINY_METHODS}
+# The method itself, in its first form: for tests of what does not depend on the form.
+ONE_OF_EACH = [BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae")]
+
+
+def run_step(
+    model: SSLForPreTraining,
+    micro_batches: Iterable[Tensor],
+    step: int = 0,
+    total_steps: int = 10,
+    optimize: Callable[[], object] | None = None,
+    rank: int = 0,
+    num_processes: int = 1,
+) -> float:
+    """One optimizer step as the trainer runs it; gradients are added to those there, the loss is the mean."""
+    batches = []
+    for index, pixels in enumerate(micro_batches):
+        first_row = (index * num_processes + rank) * len(pixels)
+        rows = torch.arange(first_row, first_row + len(pixels))
+        batches.append({"pixel_values": pixels, "row_index": rows})
+    model.begin_step(step, total_steps, seed=3)
+    with torch.no_grad():
+        model.prepare_step(batches)
+    updates, total = [], 0.0
+    for batch in batches:
+        outputs: SSLOutput = model(**batch)
+        assert outputs.loss is not None
+        (outputs.loss / len(batches)).backward()
+        updates.append(outputs.updates or {})
+        total += outputs.loss.item() / len(batches)
+    if optimize is not None:
+        optimize()
+    with torch.no_grad():
+        model.end_step(updates)
+    return total
+
+
+def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Gradients by parameter name, without those that are None."""
+    return {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
+    """Copies of teacher and queue."""
+    state = model.state_dict()
+    return {name: value.clone() for name, value in state.items() if name.startswith(("teacher.", "queue."))}
+
