@@ -259,7 +259,7 @@ def open_file(path: str) -> Any:
     """A file, here or at an address, open for reading."""
     if "://" not in path:
         return open(path, "rb")
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     return fsspec.open(path, "rb").open()
 

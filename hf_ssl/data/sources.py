@@ -53,8 +53,8 @@ def open_images(
             any), a folder, file or glob of parquet or webdataset tar files, an object of `datasets`, or
             "sample" for the images that come with this package.
         split: name of the split; by default "train", or the only one there is.
-        config_name: configuration of a dataset on the Hub; of the sample a design, or "gallery" or "queries" of
-            its retrieval task.
+        config_name: configuration of a dataset on the Hub; of the sample a design, or "gallery" or "queries"
+            of its retrieval task.
         image_column: by default the one column of images.
         label_column: by default the one column of class labels; training needs none.
         text_column: column of captions; none by default.

@@ -11,9 +11,7 @@ A sequential source (tar archive, generator) goes through the same blocks, shard
 (seed, epoch). Its length is not known, so every rank and worker reads all of it and keeps its own rows, and a
 stream that starts later reads what went before (undecoded): the first epoch to learn the length, then its own
 from the start.
-
-With several sources, row i of a lane comes from the source that a seeded cycle of CYCLE_ROWS rows names for
-it. Each cycle holds every source in exact proportion to its weight.
+Several sources are mixed row by row (`mixture.py`).
 """
 
 import itertools
@@ -27,15 +25,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_ssl.data.columns import DataError, Row
+from hf_ssl.data.mixture import Key, Mixture, mixture_quotas, seeded_generator
 from hf_ssl.data.readers import BLOCK_BYTES, ImageSource, IndexedSource, SequentialSource
 
 LANES = 4  # memory holds one block per lane; more workers than lanes share lanes
-CYCLE_ROWS = 4096  # weights are rounded to this fraction
 SOURCE_BITS = 48  # sample id = (number of the source << SOURCE_BITS) + index of the row in it
 
-Key = tuple[int, ...]  # (seed, number of the source), or (seed, lane)
-# What a generator is for is part of its seed: no two draws share one.
-_UNIT_ORDER, _ROW_ORDER, _MIXTURE = range(3)
+# What a generator is for is part of its seed: no two draws share one (2 is MIXTURE_DRAW).
+_UNIT_ORDER, _ROW_ORDER = range(2)
 
 
 class Sample(NamedTuple):
@@ -96,11 +93,11 @@ class EpochOrder:
         first, last, wrap = start + turn, stop + turn, self._num_rows
         pieces = [(first, min(last, wrap)), (max(first, wrap) - wrap, last - wrap)]
         rows = np.concatenate([self._rows(units, ends, *piece) for piece in pieces if piece[0] < piece[1]])
-        order: NDArray[np.int64] = _generator(self._key, _ROW_ORDER, epoch, start).permutation(rows)
+        order: NDArray[np.int64] = seeded_generator(self._key, _ROW_ORDER, epoch, start).permutation(rows)
         return order
 
     def _draw_sequence(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64], int]:
-        generator = _generator(self._key, _UNIT_ORDER, epoch)
+        generator = seeded_generator(self._key, _UNIT_ORDER, epoch)
         units = generator.permutation(len(self._sizes))
         # Without the turn, a file of one row group would end in the same rows every epoch, dropped for ever.
         turn = int(generator.integers(self._num_rows))
@@ -197,11 +194,11 @@ class SequentialShare:
         self._open_epoch(epoch)
 
     def _read_blocks(self, epoch: int) -> Iterator[list[tuple[int, Row]]]:
-        shards = _generator(self._key, _UNIT_ORDER, epoch).permutation(self._source.num_shards)
+        shards = seeded_generator(self._key, _UNIT_ORDER, epoch).permutation(self._source.num_shards)
         rows = chain.from_iterable(self._source.shard(int(shard)) for shard in shards)
         for number in itertools.count():
             block = self._read_block(rows)
-            order = _generator(self._key, _ROW_ORDER, epoch, number).permutation(len(block))
+            order = seeded_generator(self._key, _ROW_ORDER, epoch, number).permutation(len(block))
             kept = len(block) - len(block) % self._step
             if kept:
                 yield [block[place] for place in order[self._rank : kept : self._world_size]]
@@ -218,36 +215,6 @@ class SequentialShare:
             if len(part) < self._step:
                 break
         return block
-
-
-class Mixture:
-    """Which source gives row i of a lane: cycles with exact quotas, each in its own seeded order.
-
-    Args:
-        quotas: rows of each source in a cycle.
-        key: what the order of every cycle is seeded by.
-    """
-
-    def __init__(self, quotas: NDArray[np.int64], key: Key):
-        self._quotas = quotas
-        self._key = key
-        self._cycle = lru_cache(maxsize=2)(self._draw_cycle)
-
-    def locate(self, row: int) -> tuple[int, int]:
-        """The source of a row, and the row's position among those this source gives."""
-        cycle, place = divmod(row, int(self._quotas.sum()))
-        sources, ranks = self._cycle(cycle)
-        source = int(sources[place])
-        return source, cycle * int(self._quotas[source]) + int(ranks[place])
-
-    def _draw_cycle(self, cycle: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        sources = np.repeat(np.arange(len(self._quotas)), self._quotas)
-        ranks = np.concatenate([np.arange(quota) for quota in self._quotas])
-        order = _generator(self._key, _MIXTURE, cycle).permutation(len(sources))
-        sources = sources[order]
-        for source in range(len(self._quotas)):  # each source is read forwards within the cycle
-            ranks[sources == source] = np.arange(self._quotas[source])
-        return sources, ranks
 
 
 class EpochPlan:
@@ -343,7 +310,7 @@ def make_plan(
     Raises:
         DataError: weights that do not fit the sources, or fewer rows than one batch of all processes.
     """
-    quotas = _quotas(sources, weights)
+    quotas = mixture_quotas(sources, weights)
     if len(sources) == 1 and isinstance(sources[0], IndexedSource):
         return EpochPlan(sources[0], seed, batch_size, rank, world_size)
     return MixedPlan(sources, quotas, seed, batch_size, rank, world_size)
@@ -370,26 +337,6 @@ def _num_lanes(rows_per_rank: int, source: ImageSource) -> int:
     return lanes
 
 
-def _quotas(sources: list[ImageSource], weights: list[float] | None) -> NDArray[np.int64]:
-    """Rows of each source in a cycle, in proportion to its weight; at least one."""
-    if weights is None:
-        if len(sources) > 1 and any(source.num_rows is None for source in sources):
-            unknown = next(source.name for source in sources if source.num_rows is None)
-            raise DataError(
-                f"the number of rows of {unknown} is not known; give weights, one for each source"
-            )
-        weights = [float(source.num_rows or 1) for source in sources]
-    if len(weights) != len(sources):
-        raise DataError(f"{len(weights)} weights for {len(sources)} sources; give one for each")
-    if not all(0 < weight < float("inf") for weight in weights):
-        raise DataError(f"weights must be > 0, got {weights}; leave out a source that is not wanted")
-    parts = np.array(weights) / np.sum(weights) * CYCLE_ROWS
-    quotas: NDArray[np.int64] = np.maximum(np.floor(parts), 1).astype(np.int64)
-    missing = max(0, CYCLE_ROWS - int(quotas.sum()))
-    quotas[np.argsort(quotas - parts, kind="stable")[:missing]] += 1  # largest remainders first
-    return quotas
-
-
 def _too_few_rows(name: str, num_rows: int, batch_size: int, world_size: int) -> DataError:
     return DataError(
         f"{name} has {num_rows} rows, fewer than one batch ({batch_size} x {world_size} processes); "
@@ -405,7 +352,3 @@ def _place_of_attempt(offset: int, attempt: int, length: int) -> int:
     while math.gcd(step, length) > 1:
         step += 1
     return (offset + attempt * step) % length
-
-
-def _generator(key: Key, *purpose: int) -> np.random.Generator:
-    return np.random.default_rng((*key, *purpose))

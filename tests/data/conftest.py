@@ -30,7 +30,7 @@ def read_number(pixels_CHW: Tensor) -> int:
 
 
 class NumberedViews:
-    """Stands in for a `ViewMaker`: two global views that keep the number, one local, all with seeded noise."""
+    """Stands in for a `ViewMaker`: two global views that keep the number, one local, all with noise."""
 
     kinds = ["global", "local", "global"]
 

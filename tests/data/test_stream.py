@@ -6,8 +6,9 @@ import pytest
 from numpy.testing import assert_array_equal
 
 from hf_ssl.data.columns import Columns, DataError, Row
+from hf_ssl.data.mixture import CYCLE_ROWS, Mixture
 from hf_ssl.data.readers import SHARD_BITS, ImageSource, IndexedSource, SequentialSource
-from hf_ssl.data.stream import CYCLE_ROWS, EpochOrder, Mixture, Plan, make_plan
+from hf_ssl.data.stream import EpochOrder, Plan, make_plan
 
 
 class NumberedSource(IndexedSource):
