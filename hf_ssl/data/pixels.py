@@ -137,13 +137,14 @@ def blur(pixels_CHW: Tensor, sigma: float, radius: int | None = None) -> Tensor:
 
 def _blur_matrix(side: int, taps: list[float], dtype: torch.dtype) -> Tensor:
     """The matrix whose row i holds the weights of all pixels for output pixel i."""
-    source = _reflected_indices(side, len(taps) // 2)
+    source = reflected_indices(side, len(taps) // 2)
     weights = torch.tensor(taps, dtype=dtype).expand(side, -1)
     return torch.zeros(side, side, dtype=dtype).scatter_add_(1, source, weights)
 
 
 @lru_cache(maxsize=64)
-def _reflected_indices(side: int, radius: int) -> Tensor:
+def reflected_indices(side: int, radius: int) -> Tensor:
+    """Row i holds the pixels under the taps around pixel i, (side, 2 radius + 1), borders reflected."""
     offsets = torch.arange(-radius, radius + 1)
     indices = (torch.arange(side)[:, None] + offsets).abs()
     return torch.where(indices >= side, 2 * (side - 1) - indices, indices)

@@ -1,0 +1,119 @@
+"""What is drawn for one view: the crop box and the operations with their values.
+
+Every number comes from uniform numbers in [0, 1) that the caller drew, so that one draw serves all views.
+Distributions are those of torchvision's RandomResizedCrop, ColorJitter (four operations in random order),
+RandomGrayscale and RandomSolarize.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from hf_ssl.data.view_recipe import CropSpec, TransformSpec, ViewSpec
+
+_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # area and ratio of each attempt, then the corner
+_JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+_JITTER_ORDERS = tuple(itertools.permutations(range(4)))
+# Uniform numbers a transform takes, happening or not: whether it happens, then its values.
+_TRANSFORM_DRAWS = {
+    "horizontal_flip": 1,
+    "color_jitter": 6,
+    "grayscale": 1,
+    "gaussian_blur": 2,
+    "solarize": 1,
+}
+
+
+class CropBox(NamedTuple):
+    """A box in pixels of the decoded image."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+class Step(NamedTuple):
+    """One operation (a key of `pixels.OPERATIONS`) that happens to a view, and its drawn value."""
+
+    operation: str
+    value: float = 0.0
+
+
+class ViewParameters(NamedTuple):
+    """All that was drawn for one view; a transform that does not happen leaves no step."""
+
+    kind: str
+    size: int
+    crop: CropBox
+    interpolation: str
+    steps: tuple[Step, ...]
+
+
+def num_draws(spec: ViewSpec) -> int:
+    """Uniform numbers that `draw_view` takes."""
+    return _CROP_DRAWS + sum(_TRANSFORM_DRAWS[transform.type] for transform in spec.transforms)
+
+
+def draw_crop(spec: CropSpec, height: int, width: int, uniforms: Sequence[float]) -> CropBox:
+    """Draws a box as torchvision's RandomResizedCrop does: ten attempts, then the largest central box.
+
+    Args:
+        spec: ranges of the area's share (uniform) and of width / height (log-uniform).
+        height: of the image.
+        width: of the image.
+        uniforms: 22 numbers in [0, 1): area and ratio of each attempt, and the corner.
+    """
+    (smallest, largest), (lowest, highest) = spec.scale, spec.ratio
+    log_lowest, log_highest = math.log(lowest), math.log(highest)
+    for attempt in range(_CROP_ATTEMPTS):
+        area_draw, ratio_draw = uniforms[2 * attempt : 2 * attempt + 2]
+        area = height * width * (smallest + (largest - smallest) * area_draw)
+        ratio = math.exp(log_lowest + (log_highest - log_lowest) * ratio_draw)
+        box_width, box_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < box_width <= width and 0 < box_height <= height:
+            top = int(uniforms[-2] * (height - box_height + 1))
+            left = int(uniforms[-1] * (width - box_width + 1))
+            return CropBox(top, left, box_height, box_width)
+    box_height, box_width = height, width
+    if width / height < lowest:
+        box_height = round(width / lowest)
+    elif width / height > highest:
+        box_width = round(height * highest)
+    return CropBox((height - box_height) // 2, (width - box_width) // 2, box_height, box_width)
+
+
+def draw_view(spec: ViewSpec, height: int, width: int, uniforms: Sequence[float]) -> ViewParameters:
+    """Draws one view of an image of this size from `num_draws(spec)` numbers in [0, 1)."""
+    crop = draw_crop(spec.crop, height, width, uniforms[:_CROP_DRAWS])
+    steps: list[Step] = []
+    start = _CROP_DRAWS
+    for transform in spec.transforms:
+        end = start + _TRANSFORM_DRAWS[transform.type]
+        if uniforms[start] < transform.probability:
+            steps += _draw_steps(transform, uniforms[start + 1 : end])
+        start = end
+    return ViewParameters(spec.kind, spec.size, crop, spec.crop.interpolation, tuple(steps))
+
+
+def _draw_steps(transform: TransformSpec, uniforms: Sequence[float]) -> list[Step]:
+    if transform.type == "color_jitter":
+        return _draw_jitter(transform.options, uniforms)
+    if transform.type == "gaussian_blur":
+        lowest, highest = transform.options["sigma"]
+        return [Step("gaussian_blur", lowest + (highest - lowest) * uniforms[0])]
+    return [Step(transform.type, transform.options.get("threshold", 0.0))]
+
+
+def _draw_jitter(amounts: dict[str, float], uniforms: Sequence[float]) -> list[Step]:
+    """Factors lie in [max(0, 1 - amount), 1 + amount], the hue in [-amount, amount]; amount 0: no step."""
+    steps = []
+    for index in _JITTER_ORDERS[int(uniforms[4] * len(_JITTER_ORDERS))]:
+        name = _JITTER_OPERATIONS[index]
+        amount = amounts[name]
+        lowest, highest = (-amount, amount) if name == "hue" else (max(0.0, 1 - amount), 1 + amount)
+        if amount > 0:
+            steps.append(Step(name, lowest + (highest - lowest) * uniforms[index]))
+    return steps
