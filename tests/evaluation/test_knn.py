@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_ssl.evaluation.knn import knn_accuracy, knn_scores
+from hf_ssl.evaluation.knn import knn_accuracy, knn_scores, largest
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 5, 20])
@@ -64,6 +64,17 @@ def test_chunk_size_has_no_effect(clusters):
     train, train_labels, test, _ = clusters
     whole = knn_scores(test.double(), train.double(), train_labels, 3, chunk_size=1000)
     assert_close(knn_scores(test.double(), train.double(), train_labels, 3, chunk_size=7), whole)
+
+
+@pytest.mark.parametrize("num_columns", [5, 64, 1000, 1029, 1279, 1280])
+@pytest.mark.parametrize("k", [1, 3])
+def test_selection_by_blocks_finds_what_sorting_finds(num_columns, k):
+    generator = torch.Generator().manual_seed(num_columns)
+    scores = torch.randperm(8 * num_columns, generator=generator).double().view(8, num_columns)
+    values, columns = largest(scores, k)
+    expected = scores.sort(dim=1, descending=True)
+    assert torch.equal(values, expected.values[:, :k])
+    assert torch.equal(columns, expected.indices[:, :k])
 
 
 def test_centering_undoes_a_common_offset(clusters):
