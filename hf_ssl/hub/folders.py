@@ -39,7 +39,9 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
         write: fills the empty folder it is given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    # Fixed names, so that what a killed process left is found: half a folder, or the earlier one moved away.
+    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
+    _keep_one(folder, old)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir()
@@ -48,16 +50,19 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
             _flush(path)
         if folder.exists():
             folder.rename(old)
-        try:
-            partial.rename(folder)
-        except BaseException:
-            if old.exists():
-                old.rename(folder)
-            raise
+        partial.rename(folder)
         _flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        _keep_one(folder, old)
+
+
+def _keep_one(folder: Path, old: Path) -> None:
+    """Remove the earlier folder if the new one is there, else bring it back."""
+    if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(folder)
 
 
 def _flush(path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def export_encoder(
         overwrite: replace whatever the target holds.
 
     Returns:
-        The report, which is also written into the folder as `export.json`.
+        The report; the folder holds it as `export.json`, with "." for its path.
 
     Raises:
         FileExistsError: the target holds something else.
@@ -71,32 +72,35 @@ def export_encoder(
         ValueError: no native class computes what the encoder computes, or the reloaded export differs.
     """
     folder = Path(folder).absolute()
-    if isinstance(model_or_run_folder, str | Path):
-        source = Path(model_or_run_folder).resolve()
-        if source.is_relative_to(folder.resolve()):
-            raise ValueError(
-                f"the target {folder} would replace the run it is made from; give another folder"
-            )
+    _refuse_to_replace_source(model_or_run_folder, folder)
     refuse_foreign_folder(folder, _FILES, REPORT_FILE, overwrite)
     model, processor, notes = _load(model_or_run_folder, processor)
     backbone = _plain_copy(model)
     _check_channels(backbone, processor)
-    landing = (
-        land_timm(backbone, processor)
-        if isinstance(backbone, SSLTimmBackbone)
-        else land_vit(backbone, processor)
-    )
-    reports = []
+    landing = _land(backbone, processor)
+    differences = []
 
     def write(partial: Path) -> None:
         landing.write(partial)
-        difference = check_parity(backbone, processor, landing, partial)
-        reports.append(_report(landing, folder, difference, notes))
-        (partial / REPORT_FILE).write_text(json.dumps(asdict(reports[0]), indent=2) + "\n")
+        differences.append(check_parity(backbone, processor, landing, partial))
+        # Without the path: the file may be published.
+        report = _report(landing, ".", differences[0], notes)
+        (partial / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     write_whole_folder(folder, write)
-    logger.info("exported %s to %s, difference %.1e", *list(asdict(reports[0]).values())[:3])
-    return reports[0]
+    logger.info("exported %s to %s, difference %.1e", landing.native_class, folder, differences[0])
+    return _report(landing, str(folder), differences[0], notes)
+
+
+def _land(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
+    if isinstance(backbone, SSLViTBackbone):
+        return land_vit(backbone, processor)
+    return land_timm(backbone, processor)
+
+
+def _refuse_to_replace_source(source: SSLPreTrainedModel | str | Path, folder: Path) -> None:
+    if isinstance(source, str | Path) and Path(source).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"the target {folder} would replace the run it is made from; give another folder")
 
 
 def _load(
@@ -113,7 +117,7 @@ def _load(
             )
         model = AutoModel.from_pretrained(run, dtype=torch.float32)
         if processor is None and (run / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(run)
+            processor = AutoImageProcessor.from_pretrained(run)  # type: ignore[no-untyped-call]
     if not isinstance(model, SSLModel | SSLForPreTraining):
         raise ValueError(f"{type(model).__name__} is no model of this package; it may be native already")
     if processor is None:
@@ -127,22 +131,24 @@ def _load(
 
 def _plain_copy(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
     """The encoder's backbone in float32 on the CPU, in eval mode; the model itself is left as it is."""
-    branch = model.published_branch() if isinstance(model, SSLForPreTraining) else model
-    backbone = copy.deepcopy(branch.backbone).to("cpu", torch.float32).eval()
+    branch: Any = model.published_branch() if isinstance(model, SSLForPreTraining) else model
+    backbone: SSLViTBackbone | SSLTimmBackbone = (
+        copy.deepcopy(branch.backbone).to("cpu", torch.float32).eval()
+    )
     backbone.config._attn_implementation = "sdpa"
-    return backbone  # type: ignore[no-any-return]
+    return backbone
 
 
 def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> None:
     channels = backbone.config.num_channels
     if processor.do_normalize and len(processor.image_mean) != channels:
         raise ValueError(
-            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; pass "
-            f"a processor with {channels} values of image_mean and image_std"
+            f"the encoder takes {channels} channels, the processor normalises {len(processor.image_mean)}; "
+            f"pass a processor with {channels} values of image_mean and image_std"
         )
 
 
-def _report(landing: Landing, folder: Path, difference: float, notes: list[str]) -> ExportReport:
+def _report(landing: Landing, folder: str, difference: float, notes: list[str]) -> ExportReport:
     lines = [
         "from transformers import AutoImageProcessor, AutoModel",
         f'model = AutoModel.from_pretrained("{folder}")',
@@ -154,4 +160,4 @@ def _report(landing: Landing, folder: Path, difference: float, notes: list[str])
             f'model = timm.create_model("local-dir:{folder}", pretrained=True)',
             "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
         ]
-    return ExportReport(landing.native_class, str(folder), difference, (*notes, *landing.notes), tuple(lines))
+    return ExportReport(landing.native_class, folder, difference, (*notes, *landing.notes), tuple(lines))

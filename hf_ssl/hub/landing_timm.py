@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from torch import nn
 from transformers.image_utils import PILImageResampling
 
 from hf_ssl.hub.native import Landing, processor_geometry
@@ -63,7 +62,7 @@ def _model_args(backbone: SSLTimmBackbone) -> dict[str, Any]:
     return arguments
 
 
-def _build_stock(architecture: str, num_channels: int, model_args: dict[str, Any]) -> nn.Module:
+def _build_stock(architecture: str, num_channels: int, model_args: dict[str, Any]) -> Any:
     import timm
 
     return timm.create_model(
@@ -79,12 +78,12 @@ def _pretrained_cfg(
         raise ValueError("timm's transforms divide by 255; use do_rescale=True and rescale_factor=1/255")
     if edge is not None and (height != width or enlargement > 1):
         raise ValueError(
-            f"timm cannot express a resize to {edge} and a crop to {height}x{width} with this stem; resize the "
-            'whole image: size={"height": ..., "width": ...}, do_center_crop=False'
+            f"timm cannot express a resize to {edge} and a crop to {height}x{width} with this stem; resize "
+            'the whole image: size={"height": ..., "width": ...}, do_center_crop=False'
         )
     normalize = processor.do_normalize
     channels = backbone.config.num_channels
-    stock = backbone.network.pretrained_cfg
+    stock: dict[str, Any] = backbone.network.pretrained_cfg  # type: ignore[assignment]
     resample = PILImageResampling.NEAREST if enlargement > 1 else processor.resample
     return {
         "input_size": [channels, height * enlargement, width * enlargement],

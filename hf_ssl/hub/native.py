@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from typing import Any
 
 
 @dataclass
@@ -28,7 +27,7 @@ class Landing:
     notes: list[str] = field(default_factory=list)
 
 
-def processor_geometry(processor: SSLImageProcessor) -> tuple[int, int, int | None]:
+def processor_geometry(processor: Any) -> tuple[int, int, int | None]:
     """Height and width of the processed image, and the length of its shorter edge before a crop.
 
     The last is None where the whole image is resized to height and width.

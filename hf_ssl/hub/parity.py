@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl.hub.native import Landing, processor_geometry
+from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
 TOLERANCE = 1e-5  # largest difference, relative to the largest feature where that is above 1
 NUM_IMAGES = 4
@@ -31,7 +33,9 @@ def enlarge(images_BCHW: Tensor, times: int) -> Tensor:
 
 
 @torch.no_grad()
-def check_parity(backbone: nn.Module, processor: SSLImageProcessor, landing: Landing, folder: Path) -> float:
+def check_parity(
+    backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor, landing: Landing, folder: Path
+) -> float:
     """Compare the folder, loaded as a user loads it, with our encoder.
 
     Args:
@@ -44,8 +48,8 @@ def check_parity(backbone: nn.Module, processor: SSLImageProcessor, landing: Lan
         The largest absolute difference of `last_hidden_state` and `pooler_output`.
 
     Raises:
-        ValueError: a tensor is missing, a difference is above the tolerance (names the first layer), or the
-            processors disagree.
+        ValueError: a tensor is missing, features are not finite or differ by more than the tolerance (names
+            the first layer), or the processors disagree.
     """
     from transformers import AutoModel
 
@@ -62,14 +66,15 @@ def check_parity(backbone: nn.Module, processor: SSLImageProcessor, landing: Lan
     _check_processors(processor, landing, folder, images)
     own_input = _normalized(images, processor)
     native_input = enlarge(own_input, landing.enlargement)
-    difference, is_close = _difference(
-        _outputs(backbone(own_input), landing), _outputs(native(native_input), landing)
-    )
+    own_outputs = _outputs(backbone(own_input), landing)
+    if not all(bool(output.isfinite().all()) for output in own_outputs):
+        raise ValueError("the encoder's features hold NaN or infinity; export an earlier checkpoint")
+    difference, is_close = _difference(own_outputs, _outputs(native(native_input), landing))
     if not is_close:
         layer = _first_difference(backbone, native, landing, own_input, native_input)
         raise ValueError(
-            f"{landing.native_class} differs from our encoder by {difference:.1e} (limit {TOLERANCE:.0e}), first "
-            f"in '{layer}'; nothing was exported"
+            f"{landing.native_class} differs from our encoder by {difference:.1e} (limit {TOLERANCE:.0e}), "
+            f"first in '{layer}'; nothing was exported"
         )
     return difference
 
@@ -128,11 +133,12 @@ def _check_processors(
         return
     image = Image.fromarray(images_BCHW[0].permute(1, 2, 0).numpy())
     own = processor(image, return_tensors="pt")["pixel_values"]
-    native = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
+    native_processor = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    native = native_processor(image, return_tensors="pt")["pixel_values"]
     own = enlarge(own, landing.enlargement)
     grey_level = 1 / 255 / (min(processor.image_std) if processor.do_normalize else 1.0)
     if own.shape != native.shape or not float((own - native).abs().max()) <= 1.01 * grey_level:
         raise ValueError(
-            f"the exported processor gives {tuple(native.shape)} pixels that differ from ours, {tuple(own.shape)}, "
-            "by more than one grey level; nothing was exported"
+            f"the exported processor gives {tuple(native.shape)} pixels, ours {tuple(own.shape)}; they "
+            "differ by more than one grey level; nothing was exported"
         )

@@ -4,8 +4,8 @@ timm's ResNets start with a 7x7 convolution of stride 2 and pooling of stride 2.
 repeating pixels, the 3x3 kernel is spread over the 7x7 so that its taps meet three neighbouring original
 pixels, and the pooling becomes the convolution of timm's `replace_stem_pool`, which picks single positions:
 
-    stride 1: input 4x, taps 0, 3, 6, picks position 2i + 1, which reads enlarged pixels 4i - 1, 4i + 2, 4i + 5
-    stride 2: input 2x, taps 1, 3, 5, picks position 2i,     which reads enlarged pixels 4i - 2, 4i, 4i + 2
+    stride 1: input 4x, taps 0, 3, 6, picks position 2i + 1: enlarged pixels 4i - 1, 4i + 2, 4i + 5
+    stride 2: input 2x, taps 1, 3, 5, picks position 2i:     enlarged pixels 4i - 2, 4i, 4i + 2
 
 which are the original pixels i - 1, i, i + 1 (stride 1) and 2i - 1, 2i, 2i + 1 (stride 2). Outside the image
 both read zeros. The norm and the ReLU after that convolution change nothing.
@@ -13,6 +13,7 @@ Shape suffix in this file: C = channels of the stem.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ _SMALLEST_VARIANCE = 1e-4  # of a channel that is never active
 
 
 @torch.no_grad()
-def rewrite_small_stem(own: nn.Module, stock: nn.Module, stride: int) -> dict[str, Tensor]:
+def rewrite_small_stem(own: Any, stock: Any, stride: int) -> dict[str, Tensor]:
     """Tensors that let the stock stem compute ours on the enlarged image.
 
     Args:
@@ -39,14 +40,14 @@ def rewrite_small_stem(own: nn.Module, stock: nn.Module, stride: int) -> dict[st
         ValueError: the stock stem has other layers than convolution, BatchNorm and ReLU.
     """
     pool, norm = _stem_pool(stock)
-    kernel = torch.zeros_like(stock.conv1.weight)  # type: ignore[arg-type]
+    kernel = torch.zeros_like(stock.conv1.weight)
     taps = torch.tensor(_KERNEL_TAPS[stride])
-    kernel[:, :, taps[:, None], taps[None, :]] = own.conv1.weight  # type: ignore[assignment]
+    kernel[:, :, taps[:, None], taps[None, :]] = own.conv1.weight
     pick = torch.zeros_like(pool.weight)
     channels = torch.arange(len(pick))
     pick[channels, channels, _POOL_TAP[stride], _POOL_TAP[stride]] = 1
-    mean_C, variance_C = _moments_after_relu(own.bn1.weight, own.bn1.bias)  # type: ignore[arg-type]
-    weight_C, variance_C = _identity_norm(variance_C, norm.eps)
+    mean_C, variance_C = _moments_after_relu(own.bn1.weight, own.bn1.bias)
+    weight_C, variance_C = _identity_norm(mean_C, variance_C, norm.eps)
     return {
         "conv1.weight": kernel,
         "maxpool.0.weight": pick,
@@ -58,14 +59,14 @@ def rewrite_small_stem(own: nn.Module, stock: nn.Module, stride: int) -> dict[st
     }
 
 
-def _stem_pool(stock: nn.Module) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+def _stem_pool(stock: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
     layers = list(stock.maxpool) if isinstance(stock.maxpool, nn.Sequential) else [stock.maxpool]
     kinds = (nn.Conv2d, nn.BatchNorm2d, nn.ReLU)
     if len(layers) != 3 or not all(map(isinstance, layers, kinds)) or layers[0].stride != (2, 2):
+        kinds_found = ", ".join(type(layer).__name__ for layer in layers)
         raise ValueError(
-            "the small stem lands in timm only with BatchNorm, ReLU and no aa_layer, got a stem pooling of "
-            f"{', '.join(type(layer).__name__ for layer in layers)}; leave norm_layer, act_layer and aa_layer out "
-            "of model_args"
+            f"the small stem lands in timm only with BatchNorm, ReLU and no aa_layer, got {kinds_found}; "
+            "leave norm_layer, act_layer and aa_layer out of model_args"
         )
     return layers[0], layers[1]  # type: ignore[return-value]
 
@@ -85,12 +86,14 @@ def _moments_after_relu(weight_C: Tensor, bias_C: Tensor) -> tuple[Tensor, Tenso
     return rectified.float(), (square - rectified**2).clamp_min(_SMALLEST_VARIANCE).float()
 
 
-def _identity_norm(variance_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Weight and variance with weight / sqrt(variance + eps) equal to 1 in float32, to the last bit."""
-    for _ in range(100):  # about one float in seven times its rounded inverse is not 1: take the next one
-        inverse_C = 1 / torch.sqrt(variance_C + eps)
-        is_off_C = (1 / inverse_C) * inverse_C != 1
+def _identity_norm(mean_C: Tensor, variance_C: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Weight and variance of a norm that, with `mean_C` as mean and bias, returns exactly its input."""
+    probe_BCHW = 4 * torch.rand(8, len(mean_C), 8, 8, generator=torch.Generator().manual_seed(0))
+    for _ in range(100):  # one channel in seven is off by a rounding: its variance moves to the next float
+        weight_C = torch.sqrt(variance_C + eps)
+        normed_BCHW = nn.functional.batch_norm(probe_BCHW, mean_C, variance_C, weight_C, mean_C, eps=eps)
+        is_off_C = (normed_BCHW != probe_BCHW).transpose(0, 1).flatten(1).any(dim=1)
         if not is_off_C.any():
             break
         variance_C = torch.where(is_off_C, variance_C.nextafter(torch.tensor(torch.inf)), variance_C)
-    return 1 / inverse_C, variance_C
+    return weight_C, variance_C
