@@ -404,6 +404,7 @@ def train_one_process_of_many(names: list[str]) -> dict[str, tuple]:
         row = BY_NAME[name]
         model = row.build().double()
         perturb_teacher(model)
+        torch.manual_seed(100 + rank)  # nothing may depend on the random state of a process
         losses, masks = [], []
         for step in range(2):
             pixels = row.images(8, seed=step, dtype=torch.float64).chunk(count)[rank]
