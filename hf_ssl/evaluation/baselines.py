@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_ssl.evaluation.features import evaluating
+from hf_ssl.evaluation.features import evaluating, place_inputs
 
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this side
 AVERAGED_SIDE = 8
@@ -81,10 +81,9 @@ def estimate_batchnorm_statistics(encoder: nn.Module, batches: Iterable[Tensor])
     norms: list[Any] = [m for m in encoder.modules() if getattr(m, "running_mean", None) is not None]
     if not norms:
         return
-    device = next(encoder.parameters()).device
     with torch.no_grad(), evaluating(encoder), _collecting(norms):
         for pixel_values in batches:
-            encoder(pixel_values=pixel_values.to(device))
+            encoder(pixel_values=place_inputs(pixel_values, encoder))
     if any(int(norm.num_batches_tracked) == 0 for norm in norms):
         raise ValueError(
             "there are no images to estimate BatchNorm statistics from; check the source and its limit"

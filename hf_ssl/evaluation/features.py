@@ -100,7 +100,7 @@ def default_pools(encoder: nn.Module, pixel_values: Tensor) -> tuple[str, ...]:
     A CNN has its global mean alone, as is usual. `pixel_values` is one image or more in the size used.
     """
     with torch.inference_mode(), evaluating(encoder):
-        outputs = _forward(encoder, pixel_values[:1].to(_device_of(encoder)))
+        outputs = _forward(encoder, place_inputs(pixel_values[:1], encoder))
     if outputs.last_hidden_state.ndim == 4:
         return ("mean",)
     num_prefix_tokens, grid = token_layout(encoder, outputs, pixel_values)
@@ -180,12 +180,10 @@ class FeatureExtractor:
     @torch.inference_mode()
     def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Features of one batch, `{pool: (B, width)}`, float32 on the CPU."""
-        device = _device_of(self.encoder)
-        autocast = torch.autocast(
-            device.type, dtype=self.dtype or torch.bfloat16, enabled=self.dtype is not None
-        )
+        inputs = place_inputs(pixel_values, self.encoder)
+        autocast = torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None)
         with evaluating(self.encoder), autocast:
-            outputs = _forward(self.encoder, pixel_values.to(device))
+            outputs = _forward(self.encoder, inputs)
         layout = (
             token_layout(self.encoder, outputs, pixel_values) if set(self.pools) != {"pooler"} else (0, None)
         )
@@ -213,9 +211,10 @@ def _forward(encoder: nn.Module, pixel_values: Tensor) -> Any:
     return outputs
 
 
-def _device_of(module: nn.Module) -> torch.device:
-    parameter = next(module.parameters(), None)
-    return torch.device("cpu") if parameter is None else parameter.device
+def place_inputs(pixel_values: Tensor, encoder: nn.Module) -> Tensor:
+    """Pixel values on the device and in the precision of the encoder's weights."""
+    parameter = next(encoder.parameters(), None)
+    return pixel_values if parameter is None else pixel_values.to(parameter.device, parameter.dtype)
 
 
 def extract_features(

@@ -1,3 +1,4 @@
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -148,6 +149,14 @@ def test_reduced_precision_gives_close_float32_features(vit):
     assert reduced.dtype == torch.float32
     assert torch.cosine_similarity(plain, reduced).min() > 0.999
     assert not torch.equal(plain, reduced)
+
+
+def test_encoder_stored_in_half_precision_gives_close_float32_features(vit):
+    images = torch.randn(4, 3, 16, 16)
+    plain = extract_features(vit, [images], ("mean",))["mean"]
+    half = extract_features(copy.deepcopy(vit).bfloat16(), [images], ("mean",))["mean"]
+    assert half.dtype == torch.float32
+    assert torch.cosine_similarity(plain, half).min() > 0.999
 
 
 def test_pre_training_model_is_refused_in_favour_of_its_encoder():
