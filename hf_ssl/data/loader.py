@@ -12,16 +12,19 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from hf_ssl.data.batched_views import MAX_BATCHED_SIDE
 from hf_ssl.data.columns import DataError
-from hf_ssl.data.decoding import BrokenImageError
+from hf_ssl.data.decoding import BrokenImageError, decode_image
 from hf_ssl.data.readers import ImageSource, load_image
 from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 
@@ -32,6 +35,8 @@ BATCH_KEYS = {"global": "pixel_values", "local": "local_pixel_values"}
 _REPORT = "report"  # what a worker tells the main process with a batch
 
 Batch = dict[str, Any]
+Image = NDArray[np.uint8]
+Seed = tuple[int, int, int]  # of a sample's views: the run's seed, epoch, sample id
 
 
 class MakesViews(Protocol):
@@ -39,7 +44,9 @@ class MakesViews(Protocol):
 
     kinds: list[str]  # of every view; those of one kind have one size
 
-    def __call__(self, image: Any, seed: tuple[int, int, int]) -> list[Tensor]: ...
+    def __call__(self, image: Any, seed: Seed) -> list[Tensor]: ...
+
+    def make_batch(self, images: list[Image], seeds: list[Seed]) -> list[Tensor]: ...
 
 
 @dataclass
@@ -207,36 +214,55 @@ class BatchMaker:
 
     def make(self, slots: list[Slot]) -> tuple[Batch, list[tuple[str, str]]]:
         """The batch, and name and reason of every broken image met on the way."""
-        buffers: dict[str, Tensor] = {}
-        sample_ids, epochs, texts = [], [], []
+        images, seeds, texts = [], [], []
         bad: list[tuple[str, str]] = []
-        for row, slot in enumerate(slots):
-            sample, sample_id, views = self._first_good(slot, bad)
-            for key, numbers in self._views.items():
-                for place, number in enumerate(numbers):
-                    view_CHW = views[number]
-                    if key not in buffers:
-                        buffers[key] = _empty((len(numbers), len(slots), *view_CHW.shape))
-                    buffers[key][place, row] = view_CHW
-            sample_ids.append(sample_id)
-            epochs.append(sample.epoch)
+        for slot in slots:
+            sample, sample_id, image = self._first_good(slot, bad)
+            images.append(image)
+            seeds.append((self._seed, sample.epoch, sample_id))
             texts.append(sample.row.get("text"))
-        batch: Batch = {key: buffer_VBCHW.transpose(0, 1) for key, buffer_VBCHW in buffers.items()}
-        if len(self._views.get("pixel_values", [])) == 1:
-            batch["pixel_values"] = batch["pixel_values"][:, 0]
+        batch = self._stack(self._make_views(images, seeds))
+        _, epochs, sample_ids = zip(*seeds, strict=True)
         batch |= {"sample_id": torch.tensor(sample_ids), "epoch": torch.tensor(epochs)}
         if self._has_text:
             batch["text"] = texts
         return batch, bad
 
-    def _first_good(self, slot: Slot, bad: list[tuple[str, str]]) -> tuple[Sample, int, list[Tensor]]:
+    def _make_views(self, images: list[Image | list[Tensor]], seeds: list[Seed]) -> list[Sequence[Tensor]]:
+        """Views by number, each one tensor per image; small images of one size are made together."""
+        pictures = [image for image in images if not isinstance(image, list)]
+        if len(pictures) == len(images):
+            return list(self._view_maker.make_batch(pictures, seeds))
+        views = [
+            image if isinstance(image, list) else self._view_maker(image, seed)
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+        return list(zip(*views, strict=True))
+
+    def _stack(self, views: list[Sequence[Tensor]]) -> Batch:
+        """Views as (B, V, C, H, W), in memory (V, B, C, H, W)."""
+        batch: Batch = {}
+        for key, numbers in self._views.items():
+            buffer_VBCHW = _empty((len(numbers), len(views[0]), *views[numbers[0]][0].shape))
+            for place, number in enumerate(numbers):
+                for row, view_CHW in enumerate(views[number]):
+                    buffer_VBCHW[place, row] = view_CHW
+            batch[key] = buffer_VBCHW.transpose(0, 1)
+        if len(self._views.get("pixel_values", [])) == 1:
+            batch["pixel_values"] = batch["pixel_values"][:, 0]
+        return batch
+
+    def _first_good(self, slot: Slot, bad: list[tuple[str, str]]) -> tuple[Sample, int, Image | list[Tensor]]:
+        """The sample, its id, and its decoded picture; of a large picture the views, to hold one at a time."""
         attempts = 0
         while True:
             sample = slot.share.sample(slot.position, attempts)
             sample_id = (slot.source << SOURCE_BITS) + sample.row_index
             if sample_id not in self._broken:
                 try:
-                    image = load_image(sample.row["image"])
+                    image = decode_image(load_image(sample.row["image"]))
+                    if max(image.shape) <= MAX_BATCHED_SIDE:
+                        return sample, sample_id, image
                     return sample, sample_id, self._view_maker(image, (self._seed, sample.epoch, sample_id))
                 except BrokenImageError as error:
                     self._broken[sample_id] = str(error)

@@ -42,6 +42,10 @@ class NumberedViews:
             view_CHW[2] = torch.from_numpy(noise[number])
         return [views[0], views[1][:, :2, :2], views[2]]
 
+    def make_batch(self, images: list[Any], seeds: list[tuple[int, int, int]]) -> list[Tensor]:
+        views = [self(image, seed) for image, seed in zip(images, seeds, strict=True)]
+        return [torch.stack(view) for view in zip(*views, strict=True)]
+
 
 @pytest.fixture
 def numbered_rows() -> Callable[..., datasets.Dataset]:
