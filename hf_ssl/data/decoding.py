@@ -7,6 +7,7 @@ through Pillow.
 """
 
 import io
+import warnings
 
 import numpy as np
 import torch
@@ -14,8 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-try:  # torchvision 0.29 announces that its decoders will be removed
+try:  # torchvision 0.29 announces, at every call, that its decoders will be removed
     from torchvision.io import ImageReadMode, decode_jpeg
+
+    warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 except ImportError:
     decode_jpeg = None
 

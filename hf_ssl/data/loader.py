@@ -253,7 +253,7 @@ class BatchMaker:
         return batch
 
     def _first_good(self, slot: Slot, bad: list[tuple[str, str]]) -> tuple[Sample, int, Image | list[Tensor]]:
-        """The sample, its id, and its decoded picture; of a large picture the views, to hold one at a time."""
+        """The sample, its id, and its decoded picture; of a large one the views, to hold one at a time."""
         attempts = 0
         while True:
             sample = slot.share.sample(slot.position, attempts)
