@@ -51,7 +51,7 @@ bench: $(TEST_STAMP)
 	$(BIN)/python benchmarks/quality.py
 
 docs: $(TEST_STAMP)
-	@for script in docs/draw_*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@for script in $(wildcard docs/draw_*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
