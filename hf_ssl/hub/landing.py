@@ -117,7 +117,7 @@ def _load(
             )
         model = AutoModel.from_pretrained(run, dtype=torch.float32)
         if processor is None and (run / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(run)  # type: ignore[no-untyped-call]
+            processor = AutoImageProcessor.from_pretrained(run)
     if not isinstance(model, SSLModel | SSLForPreTraining):
         raise ValueError(f"{type(model).__name__} is no model of this package; it may be native already")
     if processor is None:

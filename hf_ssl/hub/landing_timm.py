@@ -42,9 +42,7 @@ def land_timm(backbone: SSLTimmBackbone, processor: SSLImageProcessor) -> Landin
     return Landing(
         native_class="TimmWrapperModel",
         write=write,
-        state_names=[info["module"] for info in network.feature_info]
-        if hasattr(network, "feature_info")
-        else [],
+        state_names=[info["module"] for info in getattr(network, "feature_info", [])],
         enlargement=ENLARGEMENT[stride],
         notes=_notes(backbone, processor, ENLARGEMENT[stride]),
     )

@@ -103,12 +103,9 @@ def _build_native(config: SSLViTConfig, native_class: str) -> PreTrainedModel:
         options["intermediate_size"] = config.intermediate_size
         options["encoder_stride"] = config.patch_size
     if native_class == "ViTModel":
-        options["pooler_act"] = (
-            "linear"  # with the identity weight: the class token, not a random projection of it
-        )
-    native_config = model_class.config_class(**options)
-    # AutoModel builds I-JEPA without pooler, but the class itself may not.
-    return model_class(native_config)  # type: ignore[no-any-return]
+        # With an identity weight the pooler returns the class token; left out, AutoModel makes a random one.
+        options["pooler_act"] = "linear"
+    return model_class(model_class.config_class(**options))
 
 
 def _vit_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]:

@@ -133,7 +133,7 @@ def _check_processors(
         return
     image = Image.fromarray(images_BCHW[0].permute(1, 2, 0).numpy())
     own = processor(image, return_tensors="pt")["pixel_values"]
-    native_processor = AutoImageProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    native_processor = AutoImageProcessor.from_pretrained(folder)
     native = native_processor(image, return_tensors="pt")["pixel_values"]
     own = enlarge(own, landing.enlargement)
     grey_level = 1 / 255 / (min(processor.image_std) if processor.do_normalize else 1.0)
