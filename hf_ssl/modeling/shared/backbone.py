@@ -26,7 +26,8 @@ class SSLTimmBackbone(nn.Module):
         super().__init__()
         self.config = config
         self.network = _create_timm_model(config)
-        self.hidden_size = int(self.network.num_features)
+        # Not `num_features`: networks that widen after their pooling give more than the map has.
+        self.hidden_size = int(self.network.head_hidden_size)
         if not next(self.network.parameters()).is_meta:
             # timm has initialised it as the architecture wants; `_init_weights` must not do it again.
             for module in self.network.modules():

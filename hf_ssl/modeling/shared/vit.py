@@ -188,18 +188,18 @@ class SSLViTMLP(nn.Module):
 
 
 class SSLViTSwiGLU(nn.Module):
-    """Gated MLP (arXiv 2002.05202) with names and width rule of transformers' `Dinov2SwiGLUFFN`."""
+    """Gated MLP (arXiv 2002.05202) with the width rule and in-memory names of transformers' `Dinov2SwiGLUFFN`."""
 
     def __init__(self, config: SSLViTConfig) -> None:
         super().__init__()
         hidden = (int(config.intermediate_size * 2 / 3) + 7) // 8 * 8  # type: ignore[operator]
-        self.weights_in = nn.Linear(config.hidden_size, 2 * hidden)
-        self.weights_out = nn.Linear(hidden, config.hidden_size)
+        self.gate_proj = nn.Linear(config.hidden_size, hidden)
+        self.up_proj = nn.Linear(config.hidden_size, hidden)
+        self.down_proj = nn.Linear(hidden, config.hidden_size)
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Tokens of the same shape."""
-        gate, value = self.weights_in(tokens_BTD).chunk(2, dim=-1)
-        return self.weights_out(nn.functional.silu(gate) * value)
+        return self.down_proj(nn.functional.silu(self.gate_proj(tokens_BTD)) * self.up_proj(tokens_BTD))
 
 
 class SSLViTLayerScale(nn.Module):
