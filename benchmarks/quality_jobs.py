@@ -63,7 +63,7 @@ class Job:
     steps_scale: float
 
     def recipe(self) -> Recipe:
-        """The method's recipe on the data of the benchmark; both implementations take their settings from it."""
+        """The method's recipe on the benchmark's data; both implementations take their settings from it."""
         recipe = load_recipe(f"{self.method}_small")
         steps = max(round(recipe.training["max_steps"] * self.steps_scale), FEWEST_STEPS)
         changes = {

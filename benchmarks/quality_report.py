@@ -134,18 +134,18 @@ def _reading(results: list[Result]) -> list[str]:
     return [
         "How to read it:",
         "",
-        "- Top-1 accuracy in % on the test split: mean ± standard deviation over seeds (n - 1). With 2,000 test "
-        "images one accuracy has a standard error of 1.1 points; differences under 3 points decide nothing.",
+        "- Top-1 accuracy in % on the test split: mean ± standard deviation over seeds (n - 1). With 2,000 "
+        "test images one accuracy has a standard error of 1.1 points; differences under 3 points decide nothing.",
         "- kNN: k = 20, temperature 0.07, the train split is the bank; plain, or where the row says so after "
-        "standardising every dimension. Linear: L-BFGS on standardised features, L2 strength chosen on a part "
-        "of the train split. Both by `hf_ssl.evaluation` for every column, in float32.",
+        "standardising every dimension. Linear: L-BFGS on standardised features, L2 strength chosen on a "
+        "part of the train split. Both by `hf_ssl.evaluation` for every column, in float32.",
         "- mean: mean of the last feature map or of all patches; grid2: mean in each quarter, concatenated.",
         "- Floors print their best: of plain, centred and standardised kNN, and of 32 x 32 and 8 x 8 pixels. "
         "Random init is our own network at step 0; BatchNorm statistics are estimated on 2,048 train images.",
         "- Same on both sides: images, network, steps, batch, AdamW (fused), rates, schedule, precision, "
         "strengths of the views. Each side's own: initial weights, views, loss, queue, masks, attention.",
-        "- Core-minutes and images/s are processor time of the training loop in one process (decoding, views, "
-        "forward, backward, update), so that load from elsewhere changes them little.",
+        "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
+        "views, forward, backward, update), so that load from elsewhere changes them little.",
         "",
         "Settings:",
         "",
@@ -162,7 +162,7 @@ def _settings_lines(results: list[Result]) -> list[str]:
             model = {key: value for key, value in s["model"].items() if key != "backbone_config"}
             lines.append(
                 f"- {name}: {s['optimizer']}, learning rate {s['learning_rate']:g}, betas {s['betas']}, "
-                f"weight decay {s['weight_decay']:g}, {s['schedule']} with {s['warmup_steps']} warm-up steps, "
+                f"weight decay {s['weight_decay']:g}, {s['schedule']}, {s['warmup_steps']} warm-up steps, "
                 f"{', '.join(f'{key} {value}' for key, value in model.items())}; backbone "
                 f"`{json.dumps(s['model']['backbone_config'])}`"
             )
