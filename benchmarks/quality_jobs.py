@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterable
@@ -256,7 +257,8 @@ def main() -> None:
     job_file, result_file = Path(sys.argv[1]), Path(sys.argv[2])
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
-    result = run_job(Job(**json.loads(job_file.read_text())), result_file.with_suffix(".run"))
+    with tempfile.TemporaryDirectory() as folder:
+        result = run_job(Job(**json.loads(job_file.read_text())), Path(folder))
     unfinished = result_file.with_suffix(".part")
     unfinished.write_text(json.dumps(result, indent=1), encoding="utf-8")
     os.replace(unfinished, result_file)

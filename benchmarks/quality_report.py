@@ -135,7 +135,7 @@ def _reading(results: list[Result]) -> list[str]:
         "How to read it:",
         "",
         "- Top-1 accuracy in % on the test split: mean ± standard deviation over seeds (n - 1). With 2,000 "
-        "test images one accuracy has a standard error of 1.1 points; differences under 3 points decide nothing.",
+        "test images one accuracy has a standard error of 1.1 points; under 3 points nothing is decided.",
         "- kNN: k = 20, temperature 0.07, the train split is the bank; plain, or where the row says so after "
         "standardising every dimension. Linear: L-BFGS on standardised features, L2 strength chosen on a "
         "part of the train split. Both by `hf_ssl.evaluation` for every column, in float32.",
