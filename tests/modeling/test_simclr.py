@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hf_ssl.modeling.shared.distributed import SynchronizedBatchNorm
 from hf_ssl.modeling.simclr import SimCLRConfig, SimCLRImageProcessor
 from tests.closeness import near
 from tests.modeling.tiny import BY_NAME
@@ -68,7 +69,7 @@ def test_expected_floor_is_that_of_aligned_positives_among_uniform_negatives():
 def test_every_norm_of_the_model_is_synchronised():
     for name in ("simclr-vit", "simclr-cnn"):
         norms = [m for m in BY_NAME[name].build().modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        assert norms and all(isinstance(norm, nn.SyncBatchNorm) for norm in norms)
+        assert norms and all(isinstance(norm, SynchronizedBatchNorm) for norm in norms)
 
 
 def test_head_weights_start_with_the_authors_deviation():
