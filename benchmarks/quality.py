@@ -25,6 +25,7 @@ from quality_report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hf_ssl" / "training" / "recipes"
+DATA = str(ROOT.parent / "shared" / "data" / "cifar10")
 METHODS = ("simclr", "moco", "mocov3", "mae")
 COMPARED = ("simclr", "moco", "mae")  # also trained with lightly
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightly", "datasets", "scikit-learn", "pillow")
@@ -46,9 +47,7 @@ Job = dict[str, Any]
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Quality of our methods beside lightly's, in one table.")
-    parser.add_argument(
-        "--data", default="../shared/data/cifar10", help="folder with a train and a test split"
-    )
+    parser.add_argument("--data", default=DATA, help="folder with a train and a test split")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
@@ -135,7 +134,8 @@ class Runner:
         job_file.unlink()
         if done.returncode:
             with self._lock:
-                self.failures.append(f"{' '.join(command)}\n{done.stderr[-2000:] or done.stdout[-2000:]}")
+                lines = done.stderr[-2000:] or done.stdout[-2000:] or f"ended with code {done.returncode}"
+                self.failures.append(f"{' '.join(command)}\n{lines}")
 
 
 def job_environment() -> dict[str, str]:
