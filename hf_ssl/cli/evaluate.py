@@ -32,8 +32,8 @@ def evaluate(
     """Score an encoder by kNN and linear probe, beside raw pixels and random weights."""
     from hf_ssl.cli.loading import load_encoder, run_recipe
     from hf_ssl.evaluation.protocol import evaluate_encoder
+    from hf_ssl.training.probe_data import probe_sources
     from hf_ssl.training.recipes import DataArguments
-    from hf_ssl.training.run import probe_sources
 
     encoder, processor = load_encoder(model)
     if dataset is None:

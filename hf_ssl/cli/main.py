@@ -53,9 +53,14 @@ def _configure_logging() -> None:
     """Our own messages plainly; other libraries only when something is wrong."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("hf_ssl")
-    ours.addHandler(handler)
+    ours.handlers = [handler]
     ours.setLevel(logging.INFO)
     ours.propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,8 @@ def train(
     if run.scores is not None:
         typer.echo(f"\n{run.scores.table()}\n\n{run.verdict()}")
     typer.echo(
-        f"\nrun       {run.folder}\nencoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
+        f"\nrun       {run.folder}\n"
+        f"encoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
         f"next      hf-ssl show {run.folder}\n"
         f"          hf-ssl evaluate {run.folder} --dataset NAME_OR_FOLDER\n"
         f'          python -c "from transformers import AutoModel; '

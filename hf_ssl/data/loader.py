@@ -11,6 +11,7 @@ Shape suffixes in this file: V = views, B = images in a batch, C = channels, H, 
 import itertools
 import logging
 import math
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -300,6 +301,7 @@ def _empty(shape: tuple[int, ...]) -> Tensor:
 
 
 def _prepare_worker(_worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
     torch.set_num_threads(1)
     if "cv2" in sys.modules:  # its threads would compete with the other workers
         sys.modules["cv2"].setNumThreads(0)

@@ -1,11 +1,11 @@
-"""Training arguments: transformers' own, with defaults that suit self-supervised training, and what it lacks."""
+"""Training arguments: transformers' own, with defaults for self-supervised training, and what it lacks."""
 
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
-from hf_ssl.training.optimizers import OPTIMIZERS
+from hf_ssl.training.optimizers import LARS_VARIANTS, OPTIMIZERS
 from hf_ssl.training.schedules import LEARNING_RATE_SCHEDULES, scaled_learning_rate
 
 
@@ -13,8 +13,8 @@ from hf_ssl.training.schedules import LEARNING_RATE_SCHEDULES, scaled_learning_r
 class SSLTrainingArguments(TrainingArguments):
     """Arguments of `SSLTrainer`.
 
-    Changed defaults, since transformers' belong to fine-tuning: no gradient clipping, columns are kept, NaN is
-    not filtered from the log, data are positioned instead of skipped on resume.
+    Changed defaults, since transformers' belong to fine-tuning: no gradient clipping, columns are kept, NaN
+    is not filtered from the log, data are positioned instead of skipped on resume.
     """
 
     global_batch_size: int | None = field(
@@ -89,7 +89,10 @@ class SSLTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a CPU unless told
         super().__post_init__()
+        if self.fsdp and self.use_cpu:
+            raise ValueError("fsdp on a CPU would be plain data parallelism without a word; leave fsdp out")
         choices = {
+            "lars_variant": LARS_VARIANTS,
             "clip_mode": ("global", "per_tensor"),
             "optimizer": tuple(OPTIMIZERS),
             "learning_rate_schedule": tuple(LEARNING_RATE_SCHEDULES),
@@ -106,6 +109,9 @@ class SSLTrainingArguments(TrainingArguments):
         Raises:
             ValueError: the global batch is not a multiple of the images that all processes take at once.
         """
+        for name in ("global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         at_once = self.per_device_train_batch_size * self.world_size
         if self.global_batch_size is None:
             self.global_batch_size = at_once * self.gradient_accumulation_steps
@@ -114,8 +120,8 @@ class SSLTrainingArguments(TrainingArguments):
             self.per_device_train_batch_size = at_once = self.global_batch_size
         if self.global_batch_size % at_once:
             raise ValueError(
-                f"global_batch_size {self.global_batch_size} is not a multiple of per_device_train_batch_size "
-                f"{self.per_device_train_batch_size} x {self.world_size} processes; use "
+                f"global_batch_size {self.global_batch_size} is not a multiple of "
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes; use "
                 f"{max(self.global_batch_size // at_once, 1) * at_once}"
             )
         self.gradient_accumulation_steps = self.global_batch_size // at_once

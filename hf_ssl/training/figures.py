@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ssl.data.decoding import decode_image
-from hf_ssl.data.sources import load_image
+from hf_ssl.data.readers import load_image
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
@@ -19,8 +19,9 @@ from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
 from hf_ssl.pictures.reconstructions import draw_reconstructions
 from hf_ssl.pictures.views import draw_views
+from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import RecipeError, load_recipe
-from hf_ssl.training.run import RECIPE_FILE, open_sources, probe_sources
+from hf_ssl.training.run import RECIPE_FILE, open_sources
 
 NUM_IMAGES = 6
 NUM_NEIGHBORS = 6
@@ -122,7 +123,7 @@ class _Figures:
         if not state.is_file():
             return None
         history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-        last = next((entry for entry in reversed(history) if "eval_knn" in entry), {})
+        last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_knn" in entry), {})
         floors = {
             name.removeprefix("eval_").replace("_", " "): value
             for name, value in last.items()

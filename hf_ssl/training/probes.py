@@ -16,6 +16,7 @@ from hf_ssl.evaluation.protocol import (
     NUM_STATISTICS_IMAGES,
     PIXELS,
     RANDOM,
+    ScoreRow,
     Scores,
     evaluate_encoder,
 )
@@ -62,24 +63,37 @@ class OnlineProbe:
         self.floors: Scores | None = None
         self.scores: Scores | None = None
 
-    def measure_floors(self, model: SSLForPreTraining) -> dict[str, float]:
+    def measure_floors(self, model: SSLForPreTraining) -> Scores:
         """Score raw pixels and the encoder as it stands before training; keep both for all later tables."""
-        encoder = model.published_branch().backbone
-        self.pools = self.pools or default_pools(encoder, self.bank[0].pixel_values)
-        self.floors = self._score(encoder, initial_encoder=self._with_statistics(encoder))
-        rows = [row for row in self.floors.rows if row.features != ENCODER]
-        self.floors = Scores(rows, self.floors.protocol)
-        best = {name: self._best(rows, name) for name in (PIXELS, RANDOM)}
+        encoder = self._choose_pools(model)
+        scores = self._score(encoder, initial_encoder=self._with_statistics(encoder))
+        rows = [row for row in scores.rows if row.features != ENCODER]
+        self.floors = Scores(rows, scores.protocol)
+        return self.floors
+
+    def restore_floors(self, model: SSLForPreTraining, stored: dict[str, Any]) -> None:
+        """Take the floors that the run measured when it started."""
+        self._choose_pools(model)
+        self.floors = Scores([ScoreRow(**row) for row in stored["rows"]], stored["protocol"])
+
+    def named_floors(self) -> dict[str, float]:
+        """`pixels_knn`, `random_init_knn` and so on, the best of each kind."""
+        rows = self.floors.rows if self.floors else []
         return {
-            f"{name.replace(' ', '_')}_{score}": value
-            for name, scores in best.items()
-            for score, value in scores.items()
+            f"{features.replace(' ', '_')}_{score}": value
+            for features in (PIXELS, RANDOM)
+            for score, value in self._best(rows, features).items()
         }
+
+    def _choose_pools(self, model: SSLForPreTraining) -> nn.Module:
+        encoder = _encoder(model)
+        self.pools = self.pools or default_pools(encoder, self.bank[0].pixel_values)
+        return encoder
 
     def __call__(self, model: SSLForPreTraining) -> dict[str, float]:
         """Named scores of the published branch, between 0 and 1."""
         floors = self.floors.rows if self.floors else []
-        scores = self._score(model.published_branch().backbone, floors=False)
+        scores = self._score(_encoder(model), floors=False)
         self.scores = Scores([*floors, *scores.rows], scores.protocol)
         return self._best(scores.rows, ENCODER)
 
@@ -93,9 +107,12 @@ class OnlineProbe:
         own = [row for row in rows if row.features == features]
         if features != PIXELS:
             own = own[:1]
+        if not own:
+            return {}
         best = {"knn": round(max(row.best_knn for row in own), 4)}
-        if own[0].linear is not None:
-            best["linear"] = round(max(row.linear for row in own), 4)
+        linear = [row.linear for row in own if row.linear is not None]
+        if linear:
+            best["linear"] = round(max(linear), 4)
         return best
 
     def _with_statistics(self, encoder: nn.Module) -> nn.Module:
@@ -108,3 +125,9 @@ class OnlineProbe:
                 seen += len(batch.pixel_values)
         estimate_batchnorm_statistics(initial, batches)
         return initial.eval()
+
+
+def _encoder(model: SSLForPreTraining) -> nn.Module:
+    branch: Any = model.published_branch()
+    encoder: nn.Module = branch.backbone
+    return encoder

@@ -1,10 +1,11 @@
 """Recipes: one YAML file holds a method's model, data and training arguments.
 
-Every key can be overridden by its plain name (`temperature=0.5`, `hidden_size=192`, `max_steps=100`); where it
-belongs is found by looking it up in the method's config, its backbone's config, `DataArguments` and
+Every key can be overridden by its plain name (`temperature=0.5`, `hidden_size=192`, `max_steps=100`); where
+it belongs is found by looking it up in the method's config, its backbone's config, `DataArguments` and
 `SSLTrainingArguments`, in this order. Unknown keys are refused with the nearest known name.
 """
 
+from collections.abc import Set
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,28 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import BACKBONE_CONFIGS, SSLConfig, resolve_backbone_config
 from hf_ssl.modeling.shared.names import unknown_name_message
 from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.values import dump_yaml, fit_types, load_yaml, parse_value
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-SECTIONS = ("method", "model", "data", "training", "processor")
+SECTIONS = ("name", "method", "init_from", "model", "data", "training", "processor")
+PROCESSOR_KEYS = frozenset({"views", "image_mean", "image_std"})
 AUTO_BF16 = "auto"
+
+# Of each pair the second follows from, or yields to, the first: who overrides one means it to count.
+_RIVALS = (
+    ("base_learning_rate", "learning_rate"),
+    ("warmup_epochs", "warmup_steps"),
+    ("max_steps", "num_train_epochs"),
+    ("global_batch_size", "gradient_accumulation_steps"),
+)
+_REPLACED = {  # arguments of transformers that have no effect here
+    "optim": "optimizer",
+    "lr_scheduler_type": "learning_rate_schedule",
+    "lr_scheduler_kwargs": "learning_rate_schedule",
+    "output_dir": "train's own output_dir",
+    "ignore_data_skip": "nothing; data are positioned exactly",
+    "remove_unused_columns": "nothing; columns are kept",
+}
 
 
 class RecipeError(ValueError):
@@ -72,7 +91,8 @@ class Recipe:
         model: fields of the method's config, with `backbone_config`.
         data: see `DataArguments`.
         training: fields of `SSLTrainingArguments`.
-        processor: fields of the image processor, e.g. `views` or `image_mean`.
+        processor: `views`, `image_mean` or `image_std` of the image processor.
+        init_from: what the model started from; None: fresh weights.
     """
 
     name: str
@@ -81,6 +101,7 @@ class Recipe:
     data: DataArguments = field(default_factory=DataArguments)
     training: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
+    init_from: str | None = None
 
     def config(self) -> SSLConfig:
         """The method's config.
@@ -95,15 +116,13 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load_recipe` reads."""
-        content = {"method": self.method, "model": self.model, "data": asdict(self.data)}
-        content |= {"training": self.training, "processor": self.processor}
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+        content = {"name": self.name, "method": self.method, "init_from": self.init_from, "model": self.model}
+        content |= {"data": asdict(self.data), "training": self.training, "processor": self.processor}
+        return dump_yaml(content)
 
     def save(self, path: Path) -> None:
         """Write it."""
-        path.write_text(
-            f"# {self.name}: all values as this run used them\n{self.to_yaml()}", encoding="utf-8"
-        )
+        path.write_text(f"# {self.name}: all values that this run gave\n{self.to_yaml()}", encoding="utf-8")
 
 
 def recipe_names() -> list[str]:
@@ -123,12 +142,12 @@ def load_recipe(name_or_path: str) -> Recipe:
     if not path.is_file():
         raise RecipeError(unknown_name_message("recipe", name_or_path, recipe_names()))
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = load_yaml(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "method" not in content:
         raise RecipeError(
-            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[1:])}"
+            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[3:])}"
         )
     for section in content:
         if section not in SECTIONS:
@@ -138,18 +157,41 @@ def load_recipe(name_or_path: str) -> Recipe:
 
 
 def _build(name: str, content: dict[str, Any]) -> Recipe:
-    data = {key: parse_value(value) for key, value in (content.get("data") or {}).items()}
-    training = {key: parse_value(value) for key, value in (content.get("training") or {}).items()}
-    _check_keys("data", data, _field_names(DataArguments))
-    _check_keys("training", training, _field_names(SSLTrainingArguments))
+    sections = {section: _section(section, content.get(section)) for section in SECTIONS[3:]}
+    _check_keys("data", sections["data"], _field_names(DataArguments))
+    _check_keys("training", sections["training"], _field_names(SSLTrainingArguments))
+    _check_keys("processor", sections["processor"], PROCESSOR_KEYS)
+    _refuse_replaced(sections["training"])
+    try:
+        data = DataArguments(**fit_types(sections["data"], DataArguments))
+        training = fit_types(_without_auto(sections["training"]), SSLTrainingArguments)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     return Recipe(
-        name,
+        str(content.get("name") or name),
         content["method"],
-        model=_parse_tree(content.get("model") or {}),
-        data=DataArguments(**data),
-        training=training,
-        processor=_parse_tree(content.get("processor") or {}),
+        model=sections["model"],
+        data=data,
+        training={key: training.get(key, value) for key, value in sections["training"].items()},
+        processor=sections["processor"],
+        init_from=content.get("init_from"),
     )
+
+
+def _section(name: str, content: Any) -> dict[str, Any]:
+    if content is not None and not isinstance(content, dict):
+        raise RecipeError(f"section {name} must be a mapping of keys to values, got {content!r}")
+    return dict(content or {})
+
+
+def _without_auto(training: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in training.items() if (key, value) != ("bf16", AUTO_BF16)}
+
+
+def _refuse_replaced(training: dict[str, Any]) -> None:
+    for key in training:
+        if key in _REPLACED:
+            raise RecipeError(f"'{key}' has no effect here; use {_REPLACED[key]}")
 
 
 def check_method(name: str) -> None:
@@ -166,41 +208,50 @@ def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
         values: new values; texts are read as YAML values, as they come from a command line.
 
     Raises:
-        RecipeError: a key that nothing knows.
+        RecipeError: a key that nothing knows, or a value of the wrong type.
     """
-    changed = _build(recipe.name, yaml.safe_load(recipe.to_yaml()))
     values = {key: parse_value(value) for key, value in values.items()}
-    backbone = dict(changed.model.get("backbone_config") or _default_backbone(recipe.method))
+    content = load_yaml(recipe.to_yaml())
+    backbone = dict(content["model"].get("backbone_config") or _default_backbone(recipe.method))
+    backbone |= values.pop("backbone_config", {})
     if "model_type" in values:
         backbone = {"model_type": values.pop("model_type")}
-    config_keys = _own_fields(METHODS[recipe.method].config_class)
-    backbone_keys = _own_fields(type(_backbone_config(backbone)))
-    data_keys, training_keys = _field_names(DataArguments), _field_names(SSLTrainingArguments)
-    processor_keys = {"views", "image_mean", "image_std"}
+    content["model"]["backbone_config"] = backbone
+    homes = [
+        (content["model"], _own_fields(METHODS[recipe.method].config_class)),
+        (backbone, _own_fields(type(_backbone_config(backbone)))),
+        (content["data"], _field_names(DataArguments)),
+        (content["training"], _field_names(SSLTrainingArguments)),
+        (content["processor"], PROCESSOR_KEYS),
+    ]
+    _drop_rivals(content["training"], values)
     for key, value in values.items():
-        if key in config_keys:
-            changed.model[key] = value
-        elif key in backbone_keys:
-            backbone[key] = value
-        elif key in data_keys:
-            setattr(changed.data, key, value)
-        elif key in training_keys:
-            changed.training[key] = value
-        elif key in processor_keys:
-            changed.processor[key] = value
-        else:
-            known = config_keys | backbone_keys | data_keys | training_keys | processor_keys | {"model_type"}
-            raise RecipeError(nearest_key_message(key, known))
-    changed.model["backbone_config"] = backbone
-    return changed
+        home = next((section for section, known in homes if key in known), None)
+        if home is None:
+            raise RecipeError(nearest_key_message(key, {"model_type"}.union(*(known for _, known in homes))))
+        home[key] = value
+    return _build(recipe.name, content)
 
 
-def nearest_key_message(key: str, known: set[str]) -> str:
+def _drop_rivals(training: dict[str, Any], values: dict[str, Any]) -> None:
+    """Remove what would silently win over a new value.
+
+    Raises:
+        RecipeError: both of a pair are given.
+    """
+    for first, second in _RIVALS:
+        if first in values and second in values:
+            raise RecipeError(f"{first} and {second} decide the same thing; give one of them")
+        for new, old in ((first, second), (second, first)):
+            if new in values:
+                training.pop(old, None)
+
+
+def nearest_key_message(key: str, known: Set[str], section: str = "") -> str:
     """One line for an unknown key: the list of all known ones is too long to print."""
-    return (
-        unknown_name_message("key", key, known).split(" (known:")[0]
-        + "; `hf-ssl methods NAME` lists all keys"
-    )
+    what = f"key of section {section}" if section else "key"
+    hint = unknown_name_message(what, key, known).split(" (known:")[0]
+    return f"{hint}; `hf-ssl methods NAME` lists all keys"
 
 
 def known_keys(method: str) -> dict[str, set[str]]:
@@ -210,7 +261,8 @@ def known_keys(method: str) -> dict[str, set[str]]:
         "model": _own_fields(METHODS[method].config_class),
         "backbone": _own_fields(type(backbone)),
         "data": _field_names(DataArguments),
-        "training": _field_names(SSLTrainingArguments),
+        "training": _field_names(SSLTrainingArguments) - set(_REPLACED),
+        "processor": set(PROCESSOR_KEYS),
     }
 
 
@@ -230,7 +282,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> SSLTrainingArguments:
 
 
 def has_fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU of compute capability 8, or a CPU with bf16 instructions."""
+    """Whether bf16 is faster than fp32 here: a GPU of capability 8, or a CPU with bf16 instructions."""
     import torch
 
     if torch.cuda.is_available():
@@ -239,31 +291,10 @@ def has_fast_bf16() -> bool:
     return any(getattr(torch.cpu, check, lambda: False)() for check in checks)
 
 
-def parse_value(value: Any) -> Any:
-    """A value from a command line or YAML; YAML 1.1 reads `1e-4` as text, here it is a number."""
-    if not isinstance(value, str):
-        return value
-    parsed = yaml.safe_load(value) if value.strip() else value
-    if isinstance(parsed, str):
-        try:
-            return float(parsed)
-        except ValueError:
-            return parsed
-    return parsed
-
-
-def _parse_tree(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _parse_tree(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_parse_tree(inner) for inner in value]
-    return parse_value(value)
-
-
-def _check_keys(section: str, values: dict[str, Any], known: set[str]) -> None:
+def _check_keys(section: str, values: dict[str, Any], known: Set[str]) -> None:
     for key in values:
         if key not in known:
-            raise RecipeError(nearest_key_message(key, known).replace("key", f"key in {section}:", 1))
+            raise RecipeError(nearest_key_message(str(key), known, section))
 
 
 def _field_names(dataclass_type: type) -> set[str]:

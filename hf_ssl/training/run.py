@@ -5,14 +5,13 @@ import json
 import logging
 import shlex
 import shutil
-import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
@@ -20,7 +19,11 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.checkpoints import WRITE_ERRORS, CheckpointError, checkpoints, write_failed
+from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
+from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.probes import OnlineProbe
+from hf_ssl.training.progress import format_scores
 from hf_ssl.training.recipes import (
     DataArguments,
     Recipe,
@@ -30,17 +33,15 @@ from hf_ssl.training.recipes import (
     override,
     training_arguments,
 )
+from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+FLOORS_FILE = "floors.json"  # measured once: a resumed run no longer has the encoder of step 0
+FINAL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin")
 SIGNIFICANT_MARGIN = 0.03  # about two standard errors at 2,000 test images
-HELD_OUT_EVERY = 5  # without a test split, every fifth labelled image is scored against the others
-
-
-class Interrupted(RuntimeError):
-    """The user stopped the run; a checkpoint was written."""
 
 
 @dataclass
@@ -60,14 +61,18 @@ class Run:
     trainer: SSLTrainer
 
     def verdict(self) -> str:
-        """Whether the encoder is above all floors, in one line."""
+        """Whether the encoder is above all floors by more than chance, in one line."""
         if self.scores is None:
             return "no labels, no verdict"
         pool = next(row.pool for row in self.scores.rows if row.features == ENCODER)
         margins = self.scores.margins(pool)
         points = ", ".join(f"{name} {100 * value:+.1f} points" for name, value in margins.items())
-        learned = max(margins.values()) > SIGNIFICANT_MARGIN
-        return f"{'learned' if learned else 'not above its floors'}: {points} against the best of pixels and random init"
+        chance = SIGNIFICANT_MARGIN * (2000 / self.scores.protocol["test_images"]) ** 0.5
+        learned = max(margins.values()) > chance
+        return (
+            f"{'learned' if learned else 'not above its floors'}: {points} against the best of pixels and "
+            f"random init ({100 * chance:.1f} can be chance)"
+        )
 
 
 def train(
@@ -85,22 +90,32 @@ def train(
         method: name of a method; with nothing else its tiny recipe runs on the built-in sample.
         recipe: name or file of a recipe, or a `Recipe`.
         output_dir: folder of the run; by default a new one in `runs/`.
-        resume: folder of an interrupted run to continue; excludes everything else.
+        resume: folder of an interrupted run to continue; excludes all the above, and `init_from`.
         init_from: a pre-training checkpoint or an encoder to start from.
         **overrides: any key of the recipe by its plain name.
 
     Raises:
         RecipeError: method, recipe or key unknown, or a value that does not fit.
         DataError: images cannot be found or read.
+        CheckpointError: a checkpoint cannot be written, or not be continued from.
+        TrainingDiverged: the loss is no longer a number.
         Interrupted: stopped by Ctrl-C after a checkpoint was written.
     """
     if resume is not None:
+        given = {"method": method, "recipe": recipe, "output_dir": output_dir, "init_from": init_from}
+        for name, value in given.items():
+            if value is not None:
+                raise RecipeError(
+                    f"a resumed run has its {name} already; leave {name} out, or start a new run"
+                )
         return _continue(Path(resume), overrides)
     resolved = override(_choose_recipe(method, recipe), overrides)
-    folder = _new_folder(output_dir, resolved.name)
-    with _clean_up_unless_started(folder):
-        trainer = build_trainer(resolved, folder, init_from=init_from)
-    return _train_and_save(trainer, resolved, folder, checkpoint=None)
+    resolved.init_from = init_from or resolved.init_from
+    args = training_arguments(resolved, output_dir or ".")
+    folder = Path(_agreed(args, lambda: str(_new_folder(output_dir, resolved.name))))
+    with _removed_without_checkpoint(folder):
+        trainer = build_trainer(resolved, folder, args)
+        return _train_and_save(trainer, resolved, folder, checkpoint=None)
 
 
 def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
@@ -120,13 +135,39 @@ def _continue(folder: Path, overrides: dict[str, Any]) -> Run:
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"'{folder}' is no run: it has no {RECIPE_FILE}")
     recipe = override(load_recipe(str(folder / RECIPE_FILE)), overrides)
+    whole = checkpoints(folder)
+    if not whole:
+        logger.warning("%s has no checkpoint; it starts again from step 0", folder)
+    elif any(key.startswith("probe_") for key in overrides):
+        (folder / FLOORS_FILE).unlink(missing_ok=True)  # they belong to the earlier protocol
     trainer = build_trainer(recipe, folder)
-    return _train_and_save(trainer, recipe, folder, checkpoint=True)
+    return _train_and_save(trainer, recipe, folder, checkpoint=whole[-1] if whole else None)
+
+
+def _agreed(args: SSLTrainingArguments, choose: Callable[[], str]) -> str:
+    """What the first process chooses, in all: another would already see the first one's folder.
+
+    Raises:
+        RecipeError: what `choose` raised, in all processes.
+    """
+    outcome: list[Any] = [None]
+    if args.process_index == 0:
+        try:
+            outcome = [choose()]
+        except RecipeError as error:
+            outcome = [error]
+    if args.world_size > 1:
+        torch.distributed.broadcast_object_list(outcome, device=args.device)
+    if isinstance(outcome[0], RecipeError):
+        raise outcome[0]
+    return str(outcome[0])
 
 
 def _new_folder(output_dir: str | None, name: str) -> Path:
     if output_dir is not None:
         folder = Path(output_dir)
+        if folder.exists() and not folder.is_dir():
+            raise RecipeError(f"output_dir '{folder}' is a file; choose a new folder")
         if folder.exists() and any(folder.iterdir()):
             raise RecipeError(
                 f"output_dir '{folder}' is not empty; choose another, or continue it with --resume {folder}"
@@ -141,34 +182,43 @@ def _new_folder(output_dir: str | None, name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _clean_up_unless_started(folder: Path) -> Iterator[None]:
-    """Leave no empty run behind when the data or the model are refused."""
+def _removed_without_checkpoint(folder: Path) -> Iterator[None]:
+    """Leave nothing behind when a new run fails before it has anything worth keeping."""
     existed = folder.exists()
     try:
         yield
     except BaseException:
-        if not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not checkpoints(folder):
+            for path in folder.glob("*"):  # the folder was empty before
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if folder.exists() and not existed:
+                folder.rmdir()
         raise
 
 
-def build_trainer(recipe: Recipe, folder: Path, init_from: str | None = None) -> SSLTrainer:
+def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | None = None) -> SSLTrainer:
     """Open the data, build the model and put both into a trainer.
+
+    Args:
+        recipe: all values.
+        folder: of the run; nothing is written before training.
+        args: the recipe's training arguments, where they have been built already.
 
     Raises:
         RecipeError: a value that does not fit.
         DataError: images cannot be found or read.
     """
-    args = training_arguments(recipe, str(folder))
     config = recipe.config()
+    args = args or training_arguments(recipe, str(folder))
+    args.output_dir = str(folder)
     set_seed(args.seed)
     sources = open_sources(recipe.data)
-    processor = METHODS[recipe.method].processor_class.for_image_size(config.image_size, **recipe.processor)
-    model = _build_model(recipe, config, init_from)
-    probe = build_probe(recipe.data, processor, args)
-    if probe is None:
-        args.eval_strategy, args.metric_for_best_model = "no", None
     try:
+        processor = METHODS[recipe.method].processor_class.for_image_size(
+            config.image_size, **recipe.processor
+        )
+        model = _build_model(recipe, config)
+        probe = build_probe(recipe.data, processor, args)
         trainer = SSLTrainer(
             model=model,
             args=args,
@@ -180,8 +230,8 @@ def build_trainer(recipe: Recipe, folder: Path, init_from: str | None = None) ->
     except (DataError, RecipeError):
         raise
     except ValueError as error:
-        raise RecipeError(str(error)) from error
-    logger.info(_describe(recipe, trainer))
+        raise RecipeError(" ".join(str(error).split())) from error
+    logger.info(describe_run(recipe, trainer))
     return trainer
 
 
@@ -200,14 +250,16 @@ def open_sources(data: DataArguments) -> list[ImageSource]:
     ]
 
 
-def _build_model(recipe: Recipe, config: Any, init_from: str | None) -> SSLForPreTraining:
+def _build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     model_class = METHODS[recipe.method].pretraining_class
     try:
-        if init_from is None:
-            return model_class(config)  # type: ignore[no-any-return]
-        return model_class.from_pretrained(init_from, config=config, allow_new_heads=True)  # type: ignore[no-any-return]
-    except (ValueError, OSError) as error:
-        raise RecipeError(" ".join(str(error).split())) from error
+        if recipe.init_from is None:
+            return model_class(config)
+        return model_class.from_pretrained(recipe.init_from, config=config, allow_new_heads=True)
+    except OSError as error:
+        raise RecipeError(
+            f"cannot start from '{recipe.init_from}': {' '.join(str(error).split())}"
+        ) from error
 
 
 def build_probe(
@@ -229,155 +281,72 @@ def build_probe(
     )
 
 
-def probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
-    """Labelled bank and queries of a recipe's probe; None where the data have no labels.
-
-    Raises:
-        DataError: named data, splits or columns do not exist.
-    """
-    dataset = data.probe_dataset or (data.dataset if isinstance(data.dataset, str) else data.dataset[0])
-    splits = data.probe_splits or _probe_splits(dataset, data)
-    if splits is None:
-        return _held_out(dataset, data)
-    configs = data.probe_config_names or [data.config_name] * 2
-    bank, query = (
-        open_images(
-            dataset,
-            split=split,
-            config_name=config,
-            image_column=data.image_column if data.probe_dataset is None else None,
-            label_column=data.probe_label_column,
-        )
-        for split, config in zip(splits, configs, strict=True)
-    )
-    if bank.label_column is None:
-        if data.probe_dataset is None:
-            return None
-        raise DataError(
-            f"the probe needs labels: {bank.name} has no label column; name it with --probe_label_column"
-        )
-    return bank, query
-
-
-def _probe_splits(dataset: str, data: DataArguments) -> list[str] | None:
-    """Train and test split where both exist, else None."""
-    for test in ("test", "validation"):
-        with contextlib.suppress(DataError):
-            open_images(dataset, split=test, config_name=data.config_name)
-            return ["train", test]
-    return None
-
-
-def _held_out(dataset: str, data: DataArguments) -> tuple[Any, Any] | None:
-    """Bank and queries cut from one labelled split."""
-    source = open_images(
-        dataset,
-        split=data.split,
-        config_name=data.config_name,
-        image_column=data.image_column,
-        label_column=data.probe_label_column,
-    )
-    if source.label_column is None:
-        return None
-    rows = list(source.rows(limit=data.probe_limit * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1)))
-    query = rows[::HELD_OUT_EVERY]
-    bank = [row for index, row in enumerate(rows) if index % HELD_OUT_EVERY]
-    return bank, query
-
-
-def _describe(recipe: Recipe, trainer: SSLTrainer) -> str:
-    """What a user checks before waiting: data, backbone, parameters, steps, batch."""
-    args, model = trainer.args, trainer.model
-    backbone = model.published_branch().backbone
-    encoder = sum(value.numel() for value in backbone.parameters())
-    trained = sum(value.numel() for _, value in model.trainable_parameters())
-    epochs = trainer.epoch_at(args.max_steps)
-    lines = [f"method    {recipe.method} (recipe {recipe.name})"]
-    lines += [f"data      {source.describe()}" for source in trainer.sources]
-    lines += [
-        f"backbone  {_backbone_name(model)}, {encoder / 1e6:.2f} M parameters ({trained / 1e6:.2f} M trained with heads)",
-        f"training  {args.max_steps} steps of {args.global_batch_size} images"
-        + (f" = {epochs:.1f} epochs" if epochs else "")
-        + f" ({args.per_device_train_batch_size} per device x {args.world_size} x {args.gradient_accumulation_steps}), "
-        f"{args.optimizer}, learning rate {args.learning_rate:g}, {'bf16' if args.bf16 else 'fp32'}",
-        f"folder    {args.output_dir}",
-    ]
-    return "\n".join(lines)
-
-
-def _backbone_name(model: SSLForPreTraining) -> str:
-    config: Any = model.config.backbone_config
-    if config.model_type == "hf_ssl_timm":
-        stem = f", 3x3 stem of stride {config.small_stem_stride}" if config.small_stem_stride else ""
-        return f"timm {config.architecture} at {config.image_size} px{stem}"
-    return (
-        f"ViT of width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size} "
-        f"at {config.image_size} px"
-    )
-
-
-class _StopOnInterrupt(TrainerCallback):
-    """Ctrl-C: finish the step, write a checkpoint, stop; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-
-    def __enter__(self) -> "_StopOnInterrupt":
-        self.previous = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        signal.signal(signal.SIGINT, self.previous)
-
-    def _request(self, signum: int, frame: Any) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        logger.warning("stopping after this step; press Ctrl-C again to stop at once")
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-
-
-def _train_and_save(trainer: SSLTrainer, recipe: Recipe, folder: Path, checkpoint: bool | None) -> Run:
+def _train_and_save(trainer: SSLTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Run:
     folder.mkdir(parents=True, exist_ok=True)
     if trainer.is_world_process_zero():
         recipe.save(folder / RECIPE_FILE)
-    floors = trainer.probe.measure_floors(trainer.model) if isinstance(trainer.probe, OnlineProbe) else {}
-    if floors:
-        logger.info("floors    " + ", ".join(f"{name} {100 * value:.1f} %" for name, value in floors.items()))
-        trainer.floors = floors
-    with _StopOnInterrupt() as stopper:
+    _measure_floors(trainer, folder)
+    with StopOnInterrupt() as stopper:
         trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    _report_bad_images(trainer)
     if stopper.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(
-            f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps}; the checkpoint is in {folder}; "
+            f"stopped at step {trainer.state.global_step} of {trainer.args.max_steps} with a checkpoint; "
             f"continue with: hf-ssl train --resume {shlex.quote(str(folder))}"
         )
     scores = _final_scores(trainer)
-    native_class = _save(trainer, folder, scores)
-    return Run(folder, scores, native_class, trainer)
+    return Run(folder, scores, _save(trainer, folder, scores), trainer)
+
+
+def _measure_floors(trainer: SSLTrainer, folder: Path) -> None:
+    """Pixels and the encoder of step 0, which a resumed run reads from its folder."""
+    probe = trainer.probe
+    if not isinstance(probe, OnlineProbe):
+        return
+    file = folder / FLOORS_FILE
+    if trainer.is_world_process_zero():
+        if file.is_file():
+            probe.restore_floors(trainer.model, json.loads(file.read_text(encoding="utf-8")))
+        else:
+            floors = probe.measure_floors(trainer.model)
+            file.write_text(json.dumps(floors.to_dict(), indent=1), encoding="utf-8")
+    trainer.floors = trainer.on_first_process(probe.named_floors)
+    for name in ("pixels", "random_init"):
+        own = {key: value for key, value in trainer.floors.items() if key.startswith(name)}
+        logger.info("floor     " + format_scores({key.replace("_", " "): v for key, v in own.items()}))
+
+
+def _report_bad_images(trainer: SSLTrainer) -> None:
+    bad = trainer.loader.bad_images
+    if bad.count:
+        logger.warning("%d images could not be read and were skipped, e.g. %s", bad.count, bad.names[0])
 
 
 def _final_scores(trainer: SSLTrainer) -> Scores | None:
     if not isinstance(trainer.probe, OnlineProbe):
         return None
     last = next((entry for entry in reversed(trainer.state.log_history) if "eval_knn" in entry), None)
-    if last is None or last["step"] != trainer.state.global_step:
+    if trainer.probe.scores is None or last is None or last["step"] != trainer.state.global_step:
         trainer.evaluate()
     return trainer.probe.scores
 
 
 def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> str:
-    """Fill the run folder: a pre-training checkpoint, its log and the native encoder, whose class is returned."""
+    """Fill the run folder: checkpoint, log and the native encoder, whose class is returned.
+
+    Raises:
+        CheckpointError: the disk is full; what was written is removed.
+    """
     from hf_ssl.hub import export_encoder
 
-    trainer.save_model(str(folder))
-    trainer.save_state()
+    try:
+        trainer.save_model(str(folder))
+        trainer.save_state()
+    except WRITE_ERRORS as error:
+        for name in FINAL_FILES:
+            (folder / name).unlink(missing_ok=True)
+        raise CheckpointError(write_failed("the trained model", folder, error)) from error
     if not trainer.is_world_process_zero():
         return ""
     if scores is not None:

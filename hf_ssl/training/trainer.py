@@ -9,10 +9,9 @@ The order of one optimizer step stands here and nowhere else:
     end_step            teacher, queue, centre                                   (on_optimizer_step)
 """
 
-import functools
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
@@ -30,14 +30,23 @@ from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.checkpoints import (
+    STATE_FILE,
+    CheckpointError,
+    check_tensors,
+    checkpoints,
+    removed_unless_whole,
+    step_of,
+)
+from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
+from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer
+from hf_ssl.training.progress import ReadableLog
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
 
+__all__ = ["SSLTrainer", "TrainingDiverged"]
+
 logger = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss is no longer a number."""
 
 
 class _StepProtocol(TrainerCallback):
@@ -45,6 +54,11 @@ class _StepProtocol(TrainerCallback):
 
     def __init__(self, trainer: "SSLTrainer") -> None:
         self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of the earlier call
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,28 +68,12 @@ class _StepProtocol(TrainerCallback):
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.trainer.finish_step()
+        self.trainer.finish_step(state.global_step)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         state.epoch = self.trainer.epoch_at(state.global_step)
-
-
-class _PreparedOnAccess(Sequence[dict[str, Tensor]]):
-    """Micro-batches that are moved and normalised when read, so that a step never holds all of them as floats."""
-
-    def __init__(
-        self, batches: list[dict[str, Tensor]], prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]]
-    ):
-        self.batches = batches
-        self.prepare = prepare
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.prepare(self.batches[index])
 
 
 class SSLTrainer(Trainer):
@@ -88,11 +86,12 @@ class SSLTrainer(Trainer):
         processing_class: the method's image processor; its `views` are the training augmentations.
         weights: sampling weights of several sources; None weighs by size.
         probe: called with the model at every evaluation, returns named scores (see `hf_ssl.training.probes`);
-            `floors`, set by whoever has measured them, are logged beside.
+            `floors`, set by whoever has measured them, are logged beside. None: there are no evaluations.
         **kwargs: as in transformers.
 
     Raises:
-        ValueError: the batch does not suit the method, or neither `max_steps` nor the length of the data is known.
+        ValueError: the batch does not suit the method, the schedule does not fit, or neither `max_steps` nor the
+            length of the data is known.
     """
 
     loss_is_scaled_for_ga = False  # our losses are means, so Trainer divides by the number of micro-batches
@@ -117,21 +116,17 @@ class SSLTrainer(Trainer):
         self._resume_step = 0
         self._step_batches: list[dict[str, Tensor]] = []
         self._updates: list[dict[str, Tensor]] = []
+        self._guard = DivergenceGuard(args)
         self._parts: dict[str, list[Tensor]] = {}
-        model.check_global_batch(int(args.global_batch_size or 1))
-        if model.loss_couples_the_batch and args.gradient_accumulation_steps > 1:
-            logger.warning(
-                "%s contrasts within a micro-batch: %d accumulated micro-batches give %d images of negatives, not %d",
-                type(model).__name__,
-                args.gradient_accumulation_steps,
-                int(args.global_batch_size or 0) // args.gradient_accumulation_steps,
-                args.global_batch_size,
-            )
+        self._check_batch(model, args)
+        if probe is None:
+            args.eval_strategy, args.metric_for_best_model = IntervalStrategy.NO, None
         self.loader = self._build_loader(args, start_batch=0)
         if args.max_steps <= 0:
-            args.max_steps = self._steps_of_epochs(args)
+            args.max_steps = math.ceil(args.num_train_epochs * self._steps_per_epoch(args))
         if args.warmup_epochs is not None:
             args.warmup_steps = round(args.warmup_epochs * self._steps_per_epoch(args))
+        self._learning_rate_factor = self._build_schedule(args)
         super().__init__(
             model=model,
             args=args,
@@ -141,7 +136,31 @@ class SSLTrainer(Trainer):
             **kwargs,
         )
         self._choose_attention()
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(ReadableLog())
         self.add_callback(_StepProtocol(self))
+
+    @staticmethod
+    def _check_batch(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
+        """Refuse what the method cannot work with, warn of what it does not do.
+
+        Raises:
+            ValueError: too small for the method or its normalisation, or no divisor of its queue.
+        """
+        model.check_global_batch(int(args.global_batch_size or 1))
+        has_batch_norm = any("BatchNorm" in type(module).__name__ for module in model.modules())
+        if args.per_device_train_batch_size < 2 and (has_batch_norm or model.loss_couples_the_batch):
+            reason = "BatchNorm needs" if has_batch_norm else "negatives need"
+            raise ValueError(f"{reason} other images: per_device_train_batch_size must be at least 2, got 1")
+        if model.loss_couples_the_batch and args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "%s contrasts within a micro-batch: %d accumulated ones give %d images of negatives, not %d",
+                type(model).__name__,
+                args.gradient_accumulation_steps,
+                int(args.global_batch_size or 0) // args.gradient_accumulation_steps,
+                args.global_batch_size,
+            )
 
     # Data
 
@@ -162,12 +181,10 @@ class SSLTrainer(Trainer):
     def _steps_per_epoch(self, args: SSLTrainingArguments) -> int:
         if self.loader.batches_per_epoch is None:
             raise ValueError(
-                "the length of the data is unknown; give max_steps, and warmup_steps instead of epochs"
+                "the length of the data is unknown; give max_steps instead of num_train_epochs, and "
+                "warmup_steps instead of warmup_epochs"
             )
         return max(self.loader.batches_per_epoch // args.gradient_accumulation_steps, 1)
-
-    def _steps_of_epochs(self, args: SSLTrainingArguments) -> int:
-        return math.ceil(args.num_train_epochs * self._steps_per_epoch(args))
 
     def get_train_dataloader(self) -> TrainLoader:  # type: ignore[override]
         """The loader, positioned behind the steps that a resumed run has done."""
@@ -183,28 +200,17 @@ class SSLTrainer(Trainer):
     ) -> tuple[list[dict[str, Tensor]], None]:
         """All micro-batches of one step, each row numbered in the global batch: (j * W + r) * B + i."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._step_batches = []
-        for index, batch in enumerate(batches):
-            inputs = {name: value for name, value in batch.items() if name.endswith("pixel_values")}
-            size = len(inputs["pixel_values"])
-            first = (index * self.args.world_size + self.args.process_index) * size
-            inputs["row_index"] = torch.arange(first, first + size)
-            self._step_batches.append(inputs)
+        self._step_batches = model_inputs(batches, self.args.process_index, self.args.world_size)
         return self._step_batches, None
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
         """Move to the device; bytes become normalised floats there, a quarter of the transfer."""
         inputs = super()._prepare_inputs(inputs)
+        processor: Any = self.processing_class
         for name, value in inputs.items():
             if value.dtype == torch.uint8:
-                inputs[name] = self._normalize(value)
+                inputs[name] = normalize_bytes(value, processor.image_mean, processor.image_std)
         return inputs
-
-    def _normalize(self, pixels: Tensor) -> Tensor:
-        processor: Any = self.processing_class
-        mean = torch.tensor(processor.image_mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(processor.image_std, device=pixels.device).view(-1, 1, 1)
-        return pixels.float().div_(255 * std).sub_(mean / std)
 
     # The step
 
@@ -213,11 +219,11 @@ class SSLTrainer(Trainer):
         self._updates = []
         self._set_weight_decay(step)
         self.model.begin_step(step, self.args.max_steps, seed=self.args.seed)
-        batches: Sequence[dict[str, Tensor]] = self._step_batches
+        batches: Any = self._step_batches
         if len(batches) == 1:
             self._step_batches[0].update(self._prepare_inputs(self._step_batches[0]))
         else:
-            batches = _PreparedOnAccess(self._step_batches, self._prepare_inputs)
+            batches = PreparedOnAccess(self._step_batches, self._prepare_inputs)
         with self.accelerator.autocast():
             self.model.prepare_step(batches)
 
@@ -231,12 +237,20 @@ class SSLTrainer(Trainer):
         """Loss of one micro-batch; keeps what `end_step` and the log need."""
         outputs: SSLOutput = model(**inputs)
         self._updates.append(outputs.updates or {})
+        self._guard.add(outputs.loss)
         for name, value in (outputs.parts or {}).items():
             self._parts.setdefault(name, []).append(value.detach())
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def finish_step(self) -> None:
-        """After the optimizer; a step that a loss scaler skipped counts too, as in the official code."""
+    def finish_step(self, step: int) -> None:
+        """After the optimizer; a step that a loss scaler skipped counts too, as in the official code.
+
+        Raises:
+            TrainingDiverged: a loss of the step was NaN or infinite. Looked at here only where that costs no
+                waiting for a device; elsewhere before every log entry and checkpoint.
+        """
+        if self.args.device.type == "cpu":
+            self._guard.check_losses(step + 1)
         with torch.no_grad():
             self.model.end_step(self._updates)
         self._updates = []
@@ -273,22 +287,24 @@ class SSLTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
         """The recipe's learning-rate schedule, in optimizer steps."""
         if self.lr_scheduler is None:
-            schedule = learning_rate_schedule(self.args.learning_rate_schedule)
-            span = ScheduleSpan(
-                total_steps=num_training_steps,
-                warmup_steps=self.args.get_warmup_steps(num_training_steps),
-                steps_per_epoch=self._steps_per_epoch_or_total(num_training_steps),
-                final_factor=self.args.learning_rate_end,
-                milestones=tuple(self.args.learning_rate_milestones),
-            )
-            factor = functools.partial(schedule, span=span)
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+            scheduled: Any = optimizer or self.optimizer
+            self.lr_scheduler = LambdaLR(scheduled, self._learning_rate_factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _steps_per_epoch_or_total(self, total_steps: int) -> int:
+    def _build_schedule(self, args: SSLTrainingArguments) -> Callable[[int], float]:
+        """Built before anything long, so that a warm-up that does not fit is refused early."""
         known = self.loader.batches_per_epoch is not None
-        return self._steps_per_epoch(self.args) if known else total_steps
+        span = ScheduleSpan(
+            total_steps=args.max_steps,
+            warmup_steps=args.get_warmup_steps(args.max_steps),
+            steps_per_epoch=self._steps_per_epoch(args) if known else args.max_steps,
+            final_factor=args.learning_rate_end,
+            milestones=tuple(args.learning_rate_milestones),
+        )
+        schedule = learning_rate_schedule(args.learning_rate_schedule)
+        schedule(0, span)
+        return lambda step: schedule(step, span)
 
     def _set_weight_decay(self, step: int) -> None:
         if self.args.weight_decay_end is None:
@@ -296,7 +312,8 @@ class SSLTrainer(Trainer):
         value = cosine_weight_decay(
             step, self.args.max_steps, self.args.weight_decay, self.args.weight_decay_end
         )
-        for group in self.optimizer.param_groups:
+        optimizer: Any = self.optimizer
+        for group in optimizer.param_groups:
             if group["weight_decay"] != 0:
                 group["weight_decay"] = value
 
@@ -311,13 +328,29 @@ class SSLTrainer(Trainer):
         """Probe the encoder; there is no evaluation loss, as it says nothing about what was learned."""
         if self.probe is None:
             return {}
-        was_training = self.model.training
-        named = self.probe(self.model) | self.floors
+        named = self.on_first_process(self._probe) | self.floors
         scores = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
-        self.model.train(was_training)
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
+
+    def _probe(self) -> dict[str, float]:
+        assert self.probe is not None
+        return self.probe(self.model)
+
+    def on_first_process(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Scores measured by the first process, in all: BatchNorm statistics differ a little between them."""
+        scores = [measure() if self.args.process_index == 0 else {}]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(scores, device=self.args.device)
+        return scores[0]
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Trainer's decision; the best encoder so far is saved even where no checkpoint is due."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.save_strategy != SaveStrategy.NO:
+            self.control.should_save = True
+        return is_best
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the named parts of the loss; stop when the loss is not a number.
@@ -325,42 +358,71 @@ class SSLTrainer(Trainer):
         Raises:
             TrainingDiverged: the loss is NaN or infinite.
         """
+        self._guard.check_losses(self.state.global_step)
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise TrainingDiverged(
-                    f"the loss is {logs['loss']} before step {self.state.global_step}; lower learning_rate "
-                    f"(now {self.args.learning_rate:g}) or raise warmup_steps, and resume from the last checkpoint"
-                )
-            logs.update(
-                {name: round(torch.stack(values).mean().item(), 4) for name, values in self._parts.items()}
-            )
+            means = {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            logs.update({name: round(value, 4) for name, value in means.items()})
             self._parts = {}
         super().log(logs, start_time)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Write a checkpoint or nothing.
+
+        Raises:
+            CheckpointError: it could not be written; what was written of it is removed.
+            TrainingDiverged: there is nothing worth writing.
+        """
+        self._guard.check_losses(self.state.global_step)
+        self._guard.check_weights(self.model, self.state.global_step)
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        with removed_unless_whole(folder, folder.name):
+            super()._save_checkpoint(model, trial)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        """Load all weights.
+
+        Raises:
+            CheckpointError: some are missing.
+        """
+        check_tensors(Path(resume_from_checkpoint), model or self.model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, or continue from a checkpoint exactly where it stopped.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last one in `output_dir`.
+            resume_from_checkpoint: a checkpoint folder, or True for the last whole one in `output_dir`.
+            *args: as in transformers.
             **kwargs: as in transformers.
 
         Raises:
-            FileNotFoundError: there is no checkpoint to resume from.
+            CheckpointError: there is no checkpoint to resume from, or it lacks something.
+            TrainingDiverged: the loss is no longer a number.
         """
         self._resume_step = 0
         if resume_from_checkpoint:
-            folder = (
-                get_last_checkpoint(self.args.output_dir)
-                if resume_from_checkpoint is True
-                else str(resume_from_checkpoint)
-            )
-            if folder is None or not (Path(folder) / "trainer_state.json").is_file():
-                raise FileNotFoundError(f"no checkpoint to resume from in '{folder or self.args.output_dir}'")
-            self._resume_step = TrainerState.load_from_json(
-                str(Path(folder) / "trainer_state.json")
-            ).global_step
-            resume_from_checkpoint = folder
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+            self._resume_step = step_of(folder)
+            if self._resume_step >= self.args.max_steps:  # Trainer would train one step more
+                return self._load_finished(folder)
+            resume_from_checkpoint = str(folder)
+        return super().train(resume_from_checkpoint or None, *args, **kwargs)
+
+    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
+        if wanted is not True:
+            return Path(str(wanted))
+        whole = checkpoints(Path(str(self.args.output_dir)))
+        if not whole:
+            raise CheckpointError(f"no checkpoint to resume from in '{self.args.output_dir}'")
+        return whole[-1]
+
+    def _load_finished(self, folder: Path) -> TrainOutput:
+        self._load_from_checkpoint(str(folder))
+        self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+        self.state.is_world_process_zero = self.is_world_process_zero()
+        return TrainOutput(self.state.global_step, math.nan, {})
 
 
 class _Unsized(torch.utils.data.IterableDataset[Any]):
