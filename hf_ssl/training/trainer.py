@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutp
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
 from hf_ssl.data.views import ViewMaker
+from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
@@ -135,7 +136,7 @@ class SSLTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._choose_attention()
+        self._suit_device()
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
@@ -317,10 +318,14 @@ class SSLTrainer(Trainer):
             if group["weight_decay"] != 0:
                 group["weight_decay"] = value
 
-    def _choose_attention(self) -> None:
-        """In bf16 on a CPU two matrix products beat the fused attention kernel by 1.7 to 4.5 times."""
+    def _suit_device(self) -> None:
+        """What changes speed alone: attention by device and precision, memory layout of CNNs."""
         if self.args.bf16 and self.args.device.type == "cpu":
+            # There two matrix products beat the fused kernel, which emulates bf16, by 1.7 to 4.5 times.
             self.model.set_attn_implementation("eager")
+        if isinstance(self.model.published_branch().backbone, SSLTimmBackbone):
+            # 1.1 times as fast in wide ResNets, 1.5 times in narrow ones; 4-D tensors only.
+            self.model.to(memory_format=torch.channels_last)
 
     # Evaluation, log, checkpoints
 
