@@ -286,7 +286,7 @@ def training_arguments(recipe: Recipe, output_dir: str) -> SSLTrainingArguments:
 def has_fast_bf16() -> bool:
     """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU on which it was measured.
 
-    CPU flags do not tell: a virtual machine can show `avx512_bf16` and still run bf16 at half the speed of fp32.
+    CPU flags do not tell: a virtual machine can show `avx512_bf16` and run bf16 at half the speed of fp32.
     """
     import torch
 
