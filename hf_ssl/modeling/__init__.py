@@ -78,7 +78,7 @@ METHODS = {
 
 
 def register() -> None:
-    """Make `AutoConfig`, `AutoModel`, `AutoModelForPreTraining` and `AutoImageProcessor` know every method."""
+    """Make transformers' Auto classes for configs, models and image processors know every method."""
     from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
 
     for method in METHODS.values():

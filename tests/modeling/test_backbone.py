@@ -68,7 +68,9 @@ def test_any_other_network_of_timm_works_on_larger_images():
 def test_a_transformer_of_timm_returns_tokens():
     arguments = {"img_size": 32, "embed_dim": 32, "depth": 1, "num_heads": 2}
     backbone = SSLTimmBackbone(
-        SSLTimmConfig(architecture="vit_tiny_patch16_224", model_args=arguments, image_size=32, small_stem_stride=0)
+        SSLTimmConfig(
+            architecture="vit_tiny_patch16_224", model_args=arguments, image_size=32, small_stem_stride=0
+        )
     ).eval()
     outputs = backbone(torch.randn(2, 3, 32, 32))
     assert outputs.last_hidden_state.shape == (2, 5, 32) and outputs.pooler_output.shape == (2, 32)

@@ -1,4 +1,4 @@
-"""What holds for every method, one row of `tests/modeling/tiny.py` each; a new method gets all of it by its row."""
+"""What holds for every method: a row of `tests/modeling/tiny.py` gives a method all of it."""
 
 import logging
 
@@ -83,7 +83,7 @@ def test_trains_every_parameter_but_the_frozen_ones_and_the_teacher(row):
         if name.startswith("teacher."):
             assert not parameter.requires_grad, name
     silent = [name for name, gradient in gradients(model).items() if not gradient.any()]
-    # A zero-initialised residual scale silences its block; without class token in a loss its norm, too.
+    # A residual scale that starts at zero silences its block; softmax does not see a constant on all keys.
     assert all(".bn" in name or ".conv" in name or "k_proj.bias" in name for name in silent), silent
 
 
@@ -134,7 +134,9 @@ def test_forward_changes_no_state_and_repeats_itself(row):
     # begin_step moved the teacher by a rounding error at most, since it equals the student.
     for name, value in between.items():
         if not is_batch_norm_state(name):
-            assert_close(value, before[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}")
+            assert_close(
+                value, before[name], rtol=0, atol=1e-7, msg=lambda text, name=name: f"{name}: {text}"
+            )
 
 
 @every_row
@@ -311,7 +313,7 @@ def has_fixed_positions(model: SSLForPreTraining, name: str) -> bool:
 
 @every_row
 def test_tensors_missing_from_a_checkpoint_start_as_in_a_fresh_model(row, tmp_path):
-    """`from_pretrained` builds on the meta device, so nothing of `__init__` survives (uninitialised memory would)."""
+    """`from_pretrained` builds on the meta device: nothing of `__init__` survives, raw memory would."""
     fresh = row.build(seed=1)
     saved_without(fresh, tmp_path, lambda name: name != "student.backbone.embeddings.cls_token")
     torch.manual_seed(2)
@@ -349,15 +351,15 @@ def test_only_the_missing_tensors_are_started_anew(row, tmp_path):
 
 
 def accumulable() -> list[TinyMethod]:
-    # SimCLR's negatives are those of a micro-batch (design: gradient caching gives the large batch), and groups of
-    # a split BatchNorm are of the micro-batch.
+    # SimCLR's negatives are those of a micro-batch (gradient caching gives the large batch), and so are the
+    # groups of a split BatchNorm.
     return [row for row in TINY_METHODS if row.method != "simclr" and not row.local_batch_norm]
 
 
 @rows(accumulable())
 @pytest.mark.parametrize("num_micro_batches", [2, 4])
 def test_accumulated_micro_batches_equal_one_batch(row, num_micro_batches):
-    """Loss, gradients, queue and teacher. BatchNorm heads use running statistics here, as theirs are of a batch."""
+    """Loss, gradients, queue, teacher. BatchNorm uses running statistics here, as others are of a batch."""
     pixels = row.images(8, dtype=torch.float64)
     results = []
     for pieces in ([pixels], list(pixels.chunk(num_micro_batches))):
@@ -384,7 +386,11 @@ def compare_results(one: tuple, other: tuple, tolerance: float = 1e-9) -> None:
         assert mine.keys() == theirs.keys()
         for name, value in mine.items():
             assert_close(
-                value, theirs[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+                value,
+                theirs[name],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{name}: {text}",
             )
 
 
@@ -518,11 +524,9 @@ def test_cnn_encoder_returns_a_map_and_its_mean(row):
 @pytest.mark.parametrize("num_channels", [1, 5])
 def test_other_channel_counts_train_and_encode(row, num_channels):
     model = row.build(backbone_config={"num_channels": num_channels})
-    images = row.images(4).mean(dim=-3, keepdim=True).expand(*[-1] * (4 if row.num_views else 3), -1)
-    shape = list(images.shape)
+    shape = list(row.images(4).shape)
     shape[-3] = num_channels
-    images = torch.randn(shape)
-    assert model(images).loss.isfinite()
+    assert model(torch.randn(shape)).loss.isfinite()
     encoder = row.build_encoder(backbone_config={"num_channels": num_channels})
     assert encoder(torch.randn(2, num_channels, 16, 16)).pooler_output.shape == (2, 16)
 

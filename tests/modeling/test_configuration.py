@@ -20,9 +20,18 @@ every_method = pytest.mark.parametrize("row", ONE_OF_EACH, ids=lambda row: row.n
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SimCLRConfig(temprature=0.1), "SimCLRConfig has no field 'temprature'; the nearest is 'temperature'"),
-        (lambda: MoCoConfig(queue_lenght=8), "MoCoConfig has no field 'queue_lenght'; the nearest is 'queue_length'"),
-        (lambda: SSLViTConfig(hiden_size=8), "SSLViTConfig has no field 'hiden_size'; the nearest is 'hidden_size'"),
+        (
+            lambda: SimCLRConfig(temprature=0.1),
+            "SimCLRConfig has no field 'temprature'; the nearest is 'temperature'",
+        ),
+        (
+            lambda: MoCoConfig(queue_lenght=8),
+            "MoCoConfig has no field 'queue_lenght'; the nearest is 'queue_length'",
+        ),
+        (
+            lambda: SSLViTConfig(hiden_size=8),
+            "SSLViTConfig has no field 'hiden_size'; the nearest is 'hidden_size'",
+        ),
         (
             lambda: MAEConfig(backbone_config={"model_type": "hf_ssl_vit", "patchsize": 4}),
             "SSLViTConfig has no field 'patchsize'; the nearest is 'patch_size'",
@@ -39,7 +48,9 @@ def test_a_whole_number_is_a_number():
     assert SimCLRConfig(temperature=1).temperature == 1 and SSLViTConfig(layer_norm_eps=1).layer_norm_eps == 1
 
 
-@pytest.mark.parametrize("make", [lambda: SimCLRConfig(temperature="0.1"), lambda: SSLViTConfig(hidden_size="8")])
+@pytest.mark.parametrize(
+    "make", [lambda: SimCLRConfig(temperature="0.1"), lambda: SSLViTConfig(hidden_size="8")]
+)
 def test_text_is_no_number(make):
     with pytest.raises(Exception, match="expected|Validation"):
         make()
@@ -50,8 +61,14 @@ def test_text_is_no_number(make):
     [
         ({"image_size": 225}, "image_size 225 is not a multiple of patch_size 16; use 224 or 240"),
         ({"image_size": 10}, "image_size 10 is not a multiple of patch_size 16; use 16 or 32"),
-        ({"hidden_size": 100, "num_attention_heads": 3}, "hidden_size 100 is not a multiple of num_attention_heads 3"),
-        ({"position_embedding_type": "sincos"}, "position_embedding_type must be one of learned, .*got 'sincos'"),
+        (
+            {"hidden_size": 100, "num_attention_heads": 3},
+            "hidden_size 100 is not a multiple of num_attention_heads 3",
+        ),
+        (
+            {"position_embedding_type": "sincos"},
+            "position_embedding_type must be one of learned, .*got 'sincos'",
+        ),
         ({"weight_initialization": "xavier"}, "weight_initialization must be one of .*got 'xavier'"),
     ],
 )
@@ -99,7 +116,10 @@ def test_what_others_write_into_a_config_survives_a_reload(row, tmp_path):
     config.auto_map = {"AutoConfig": "configuration_x.XConfig"}
     config.architectures = ["X"]
     config.save_pretrained(tmp_path)
-    assert comparable(type(config).from_pretrained(tmp_path))["backbone_config"] == comparable(config)["backbone_config"]
+    assert (
+        comparable(type(config).from_pretrained(tmp_path))["backbone_config"]
+        == comparable(config)["backbone_config"]
+    )
 
 
 def test_a_field_can_be_changed_while_loading_and_a_misspelt_one_not(tmp_path):
@@ -146,4 +166,8 @@ def test_views_of_a_processor_can_be_replaced_and_are_kept(tmp_path):
     views = [{"count": 1, "kind": "global", "size": 16, "crop": {"scale": [0.5, 1.0]}, "transforms": []}]
     SimCLRImageProcessor.for_image_size(16, views=views, image_mean=[0.5] * 3).save_pretrained(tmp_path)
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
-    assert type(loaded) is SimCLRImageProcessor and loaded.views == views and list(loaded.image_mean) == [0.5] * 3
+    assert (
+        type(loaded) is SimCLRImageProcessor
+        and loaded.views == views
+        and list(loaded.image_mean) == [0.5] * 3
+    )

@@ -34,7 +34,10 @@ def our_state(authors: dict[str, Tensor]) -> dict[str, Tensor]:
         "decoder_norm": "student.head.layernorm",
         "decoder_pred": "student.head.predict",
     }
-    for theirs, ours in (("blocks.0", "student.backbone.layers.0"), ("decoder_blocks.0", "student.head.layers.0")):
+    for theirs, ours in (
+        ("blocks.0", "student.backbone.layers.0"),
+        ("decoder_blocks.0", "student.head.layers.0"),
+    ):
         layers |= {f"{theirs}.{name}": f"{ours}.{mapped}" for name, mapped in (HALVES | NORMS).items()}
         for kind in ("weight", "bias"):
             parts = authors[f"{theirs}.attn.qkv.{kind}"].chunk(3)
@@ -70,7 +73,11 @@ def authors_config() -> MAEConfig:
 @pytest.fixture
 def authors(golden):
     """The authors' tensors of one forward and backward, and our model with their weights, in float64."""
-    case = {name.removeprefix("model."): value for name, value in golden("mae").items() if name.startswith("model.")}
+    case = {
+        name.removeprefix("model."): value
+        for name, value in golden("mae").items()
+        if name.startswith("model.")
+    }
     model = MAEForPreTraining(authors_config()).double()
     weights = {name.removeprefix("sd."): value for name, value in case.items() if name.startswith("sd.")}
     model.load_state_dict(our_state(weights), strict=True)
@@ -78,8 +85,8 @@ def authors(golden):
 
 
 def test_forward_matches_the_authors_model(authors):
-    """Mistakes 4 to 12: the class token's position, gathered positions, mask tokens in the decoder alone, restored
-    order, normalised targets; visible patches stand in the order of their noise."""
+    """Mistakes 4 to 12: the class token's position, gathered positions, mask tokens in the decoder alone,
+    restored order, normalised targets; visible patches stand in the order of their noise."""
     case, model = authors
     outputs = model(case["img"], noise=case["noise"])
     near(outputs.loss, case["loss"])
@@ -192,7 +199,7 @@ def test_a_ratio_that_hides_everything_is_refused():
 
 
 def test_visible_tokens_carry_the_position_of_their_place():
-    """Mistake 9: identical pixels everywhere, so only the position can tell patches apart."""
+    """Mistakes 9 and 36: identical pixels everywhere, so only the position can tell patches apart."""
     model = ROW.build()
     embeddings = model.student.backbone.embeddings
     pixels = torch.ones(1, 3, 16, 16)
@@ -205,7 +212,9 @@ def test_encoder_sees_no_mask_token():
     """Mistake 11."""
     model = ROW.build()
     assert model.student.backbone.embeddings.mask_token is None
-    tokens = model.student.backbone(ROW.images(2), kept_index=torch.tensor([[0, 5, 7, 9]] * 2)).last_hidden_state
+    tokens = model.student.backbone(
+        ROW.images(2), kept_index=torch.tensor([[0, 5, 7, 9]] * 2)
+    ).last_hidden_state
     assert tokens.shape == (2, 5, 16)
 
 
@@ -224,7 +233,7 @@ def test_layer_norm_epsilon_is_written_into_the_config():
 
 
 def test_masks_depend_on_seed_step_and_row_alone():
-    """Mistakes 36 and 45: repeated forwards, other batch sizes and resumed runs see the same masks."""
+    """Mistake 45: repeated forwards, other batch sizes and resumed runs see the same masks."""
     pixels = ROW.images(8)
 
     def masks(seed: int, step: int, pieces: int) -> Tensor:
@@ -281,7 +290,7 @@ def test_images_of_another_size_are_reconstructed():
 
 
 def test_loss_of_a_fresh_model_is_that_of_a_xavier_decoder():
-    """1 + 2 E / (E + P) for targets of variance 1 and normed decoder tokens; measured 1.76 at 1.80 by the spec."""
+    """1 + 2 E / (E + P) for targets of variance 1 and normed decoder tokens."""
     options = {"decoder_hidden_size": 96, "decoder_num_attention_heads": 3, "decoder_num_hidden_layers": 2}
     model = ROW.build(**options, backbone_config={"hidden_size": 96, "num_attention_heads": 3})
     expected = model.expectations()["loss_at_start"]
@@ -311,7 +320,10 @@ def test_a_cnn_is_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"mask_ratio": 1}, "mask_ratio must be in"), ({"decoder_hidden_size": 500}, "decoder_hidden_size 500 must be")],
+    [
+        ({"mask_ratio": 1}, "mask_ratio must be in"),
+        ({"decoder_hidden_size": 500}, "decoder_hidden_size 500 must be"),
+    ],
 )
 def test_values_out_of_range_are_refused(options, message):
     with pytest.raises(Exception, match=message):
@@ -320,7 +332,11 @@ def test_values_out_of_range_are_refused(options, message):
 
 def test_defaults_are_those_of_the_published_recipe():
     config = MAEConfig()
-    decoder = (config.decoder_hidden_size, config.decoder_num_hidden_layers, config.decoder_num_attention_heads)
+    decoder = (
+        config.decoder_hidden_size,
+        config.decoder_num_hidden_layers,
+        config.decoder_num_attention_heads,
+    )
     assert (config.mask_ratio, config.normalize_targets, decoder) == (0.75, True, (512, 8, 16))
     assert config.backbone_config.position_embedding_type == "sincos_column_first"
 

@@ -32,7 +32,11 @@ def our_name(name: str, version: str) -> str:
     """Of a tensor of the authors' tiny encoder in our branch."""
     layers = {"fc.weight": "head.layers.0.weight", "fc.bias": "head.layers.0.bias"}
     if version == "v2":
-        layers = {f"fc.{index}.{kind}": f"head.layers.{index}.{kind}" for index in (0, 2) for kind in ("weight", "bias")}
+        layers = {
+            f"fc.{index}.{kind}": f"head.layers.{index}.{kind}"
+            for index in (0, 2)
+            for kind in ("weight", "bias")
+        }
     return layers.get(name, f"backbone.{name}")
 
 
@@ -103,7 +107,9 @@ def flat_branch(branch: Branch):
 
 def test_split_norm_in_the_student_matches_the_authors_groups(golden):
     case = golden("moco")
-    norm = convert_batchnorm(nn.BatchNorm1d(3, affine=False).double(), "split", num_splits=int(case["splitbn_splits"]))
+    norm = convert_batchnorm(
+        nn.BatchNorm1d(3, affine=False).double(), "split", num_splits=int(case["splitbn_splits"])
+    )
     near(norm(case["shuffle_x"]), case["splitbn_out"])
 
 
@@ -175,7 +181,9 @@ def test_batch_norm_statistics_of_the_teacher_are_not_copied_by_the_update():
 def test_splits_change_the_keys_and_one_split_is_plain_batch_norm():
     """Mistake 8: on one process a permutation alone does nothing; the option does something."""
     row = BY_NAME["moco-v2-splits"]
-    keys = {splits: row.build(batch_norm_splits=splits)(row.images(8)).updates["keys"] for splits in (1, 2, 4)}
+    keys = {
+        splits: row.build(batch_norm_splits=splits)(row.images(8)).updates["keys"] for splits in (1, 2, 4)
+    }
     assert (keys[1] - keys[2]).abs().max() > 1e-3 and (keys[2] - keys[4]).abs().max() > 1e-3
     plain = row.build(batch_norm_splits=1)
     assert {type(module) for module in plain.modules() if isinstance(module, nn.BatchNorm2d)} == {
@@ -221,7 +229,9 @@ def test_a_queue_that_the_batch_does_not_divide_is_refused_before_the_first_step
     """Mistake 49: a shorter last batch would break the ring."""
     model = BY_NAME["moco-v2"].build()
     model.check_global_batch(32)
-    with pytest.raises(ValueError, match="queue_length 64 is not a multiple of the global batch 24; use queue_length 48"):
+    with pytest.raises(
+        ValueError, match="queue_length 64 is not a multiple of the global batch 24; use queue_length 48"
+    ):
         model.check_global_batch(24)
 
 
@@ -252,7 +262,9 @@ def test_values_out_of_range_are_refused(field, value, message):
 
 def test_a_single_view_is_refused():
     model = BY_NAME["moco-v2"].build()
-    with pytest.raises(ValueError, match=r"must be \(batch, 2 views, channels, height, width\), got \(4, 3, 16, 16\)"):
+    with pytest.raises(
+        ValueError, match=r"must be \(batch, 2 views, channels, height, width\), got \(4, 3, 16, 16\)"
+    ):
         model(torch.zeros(4, 3, 16, 16))
 
 

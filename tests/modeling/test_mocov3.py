@@ -16,7 +16,7 @@ VIT, CNN = BY_NAME["mocov3-vit"], BY_NAME["mocov3-cnn"]
 
 @pytest.mark.parametrize(("name", "row"), [("ViT", VIT), ("ResNet", CNN)])
 def test_heads_of_the_model_match_the_authors_heads_of_that_backbone(golden, name, row):
-    """Mistakes 27, 31, 32: predictor of the student alone, last norms without scale, no biases; by strict keys."""
+    """Mistakes 27, 31, 32: predictor in the student, last norms without scale, no biases (strict keys)."""
     case = golden("mocov3")
     model = row.build(projection_size=5, projection_hidden_size=9)
     # The golden features are 6 wide.
@@ -36,7 +36,8 @@ def test_symmetric_loss_matches_the_authors_code(golden, temperature):
     case = golden("mocov3")
     own = torch.arange(6)
     total = sum(
-        paired_contrastive_loss(case[query], case[key], own, temperature) for query, key in (("q1", "k2"), ("q2", "k1"))
+        paired_contrastive_loss(case[query], case[key], own, temperature)
+        for query, key in (("q1", "k2"), ("q2", "k1"))
     )
     near(total, case[f"T{temperature}.loss"])
 
@@ -171,8 +172,6 @@ def test_one_image_has_no_negatives():
 def test_the_two_views_are_drawn_differently():
     """Mistake 36: blur and solarization are asymmetric."""
     first, second = MoCoV3ImageProcessor.default_views(224)
-    chances = [
-        {step["type"]: step["probability"] for step in view["transforms"]} for view in (first, second)
-    ]
+    chances = [{step["type"]: step["probability"] for step in view["transforms"]} for view in (first, second)]
     assert (chances[0]["gaussian_blur"], chances[1]["gaussian_blur"]) == (1.0, 0.1)
     assert "solarize" not in chances[0] and chances[1]["solarize"] == 0.2

@@ -1,4 +1,4 @@
-"""`import hf_ssl` is cheap, and every method is registered whichever import comes first. Each case is a process."""
+"""`import hf_ssl` is cheap; every method is registered whichever import comes first. A process a case."""
 
 import os
 import subprocess
@@ -11,7 +11,17 @@ from hf_ssl.modeling import METHODS
 from tests.conftest import ROOT
 from tests.modeling.tiny import BY_NAME
 
-HEAVY = ["torch", "transformers", "numpy", "timm", "datasets", "PIL", "yaml", "safetensors", "huggingface_hub"]
+HEAVY = [
+    "torch",
+    "transformers",
+    "numpy",
+    "timm",
+    "datasets",
+    "PIL",
+    "yaml",
+    "safetensors",
+    "huggingface_hub",
+]
 
 
 def run(code: str) -> str:
@@ -103,7 +113,12 @@ def test_registration_is_idempotent_and_names_are_the_papers():
 
     register()
     names = {name: method.config_class.__name__ for name, method in METHODS.items()}
-    assert names == {"simclr": "SimCLRConfig", "moco": "MoCoConfig", "mocov3": "MoCoV3Config", "mae": "MAEConfig"}
+    assert names == {
+        "simclr": "SimCLRConfig",
+        "moco": "MoCoConfig",
+        "mocov3": "MoCoV3Config",
+        "mae": "MAEConfig",
+    }
 
 
 def test_the_link_for_readers_is_not_importable_as_a_second_package():

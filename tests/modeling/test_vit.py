@@ -31,7 +31,9 @@ def backbone(attention: str = "sdpa", **changes) -> SSLViTBackbone:
 
 
 def native_vit(ours: SSLViTBackbone, **changes) -> ViTModel:
-    native = ViTModel(ViTConfig(**{**SIZES, "intermediate_size": 64, **changes}), add_pooling_layer=False).eval()
+    native = ViTModel(
+        ViTConfig(**{**SIZES, "intermediate_size": 64, **changes}), add_pooling_layer=False
+    ).eval()
     native.load_state_dict(ours.state_dict(), strict=True)
     return native
 
@@ -98,7 +100,9 @@ def test_kept_patches_do_not_depend_on_the_hidden_pixels():
     kept = torch.tensor([[0, 5]])
     changed = pixels.clone()
     changed[..., 8:, :] += 1  # rows of patches 8 to 15
-    assert ours(changed, kept_index=kept).last_hidden_state.equal(ours(pixels, kept_index=kept).last_hidden_state)
+    assert ours(changed, kept_index=kept).last_hidden_state.equal(
+        ours(pixels, kept_index=kept).last_hidden_state
+    )
 
 
 def test_the_mask_token_replaces_hidden_patches_and_keeps_their_position():
@@ -106,7 +110,11 @@ def test_the_mask_token_replaces_hidden_patches_and_keeps_their_position():
     hidden = (torch.arange(16) % 2 == 0)[None]
     tokens, plain = ours.embeddings(pixels, bool_masked_pos=hidden)[:, 1:], ours.embeddings(pixels)[:, 1:]
     assert tokens[~hidden].equal(plain[~hidden])
-    near(tokens[hidden], (ours.embeddings.mask_token[0] + ours.embeddings.position_embeddings[0, 1:])[hidden[0]], 1e-6)
+    near(
+        tokens[hidden],
+        (ours.embeddings.mask_token[0] + ours.embeddings.position_embeddings[0, 1:])[hidden[0]],
+        1e-6,
+    )
 
 
 def test_a_mask_without_mask_token_is_refused():
@@ -144,7 +152,9 @@ def test_drop_path_rises_linearly_to_the_last_block():
 
 
 def test_dropped_paths_are_the_same_when_activations_are_recomputed():
-    model = SimCLRModel(SimCLRConfig(backbone_config={"model_type": "hf_ssl_vit", **SIZES, "drop_path_rate": 0.5}))
+    model = SimCLRModel(
+        SimCLRConfig(backbone_config={"model_type": "hf_ssl_vit", **SIZES, "drop_path_rate": 0.5})
+    )
     results = []
     for recompute in (False, True):
         if recompute:
@@ -157,7 +167,9 @@ def test_dropped_paths_are_the_same_when_activations_are_recomputed():
     assert_close(*results)
 
 
-@pytest.mark.parametrize(("rule", "deviation"), [("trunc_normal", 0.02), ("xavier_uniform", (2 / 128) ** 0.5)])
+@pytest.mark.parametrize(
+    ("rule", "deviation"), [("trunc_normal", 0.02), ("xavier_uniform", (2 / 128) ** 0.5)]
+)
 def test_weights_start_by_the_configured_rule(rule, deviation):
     layer = backbone(hidden_size=64, weight_initialization=rule).layers[0]
     assert layer.attention.q_proj.weight.std().item() == pytest.approx(deviation, rel=0.05)
@@ -177,7 +189,10 @@ def test_query_key_value_may_go_without_bias():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((1, 3, 18, 16), "image of 18x16 pixels is not a multiple of patch_size 4"), ((1, 1, 16, 16), "3 channels, got 1")],
+    [
+        ((1, 3, 18, 16), "image of 18x16 pixels is not a multiple of patch_size 4"),
+        ((1, 1, 16, 16), "3 channels, got 1"),
+    ],
 )
 def test_images_that_do_not_fit_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):

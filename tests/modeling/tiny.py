@@ -161,4 +161,3 @@ def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
     """Copies of teacher and queue."""
     state = model.state_dict()
     return {name: value.clone() for name, value in state.items() if name.startswith(("teacher.", "queue."))}
-

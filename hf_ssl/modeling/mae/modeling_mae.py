@@ -65,7 +65,7 @@ class MAEDecoder(nn.Module):
         return [self.position_embeddings]
 
     def initialize_parameters(self) -> None:
-        """Mask token and positions; prefix tokens get no position, as the authors' zero row for the class token."""
+        """Mask token and positions; prefix tokens get none, as the authors' class token gets zeros."""
         init.normal_(self.mask_token, std=0.02)
         table = sincos_positions(
             self.config.hidden_size, self.grid_size, self.grid_size, first="column", class_token=False
@@ -193,8 +193,8 @@ class MAEForPreTraining(SSLForPreTraining):
         counts_B = (~bool_masked_pos).sum(dim=1)
         if counts_B.min() != counts_B.max() or not 0 < counts_B.min() < noise_BN.shape[1]:
             raise ValueError(
-                f"bool_masked_pos must leave the same number of patches visible in every image, at least one and not "
-                f"all {noise_BN.shape[1]}; got {int(counts_B.min())} to {int(counts_B.max())}"
+                f"bool_masked_pos must leave the same number of patches visible in every image, at least one "
+                f"and not all {noise_BN.shape[1]}; got {int(counts_B.min())} to {int(counts_B.max())}"
             )
         return int(counts_B[0])
 

@@ -7,7 +7,10 @@ from hf_ssl.modeling.shared.configuration import SSLConfig
 
 @strict
 class MoCoConfig(SSLConfig):
-    """MoCo v2 by default (arXiv 2003.04297); v1: 1911.05722. Sources: the authors' `main_moco.py` and README."""
+    """MoCo v2 by default (arXiv 2003.04297); v1: 1911.05722.
+
+    Sources: the authors' `main_moco.py` and README.
+    """
 
     model_type = "hf_ssl_moco"
     default_backbone = {"model_type": "hf_ssl_timm", "architecture": "resnet50"}

@@ -3,7 +3,8 @@
 Source: He et al. 2020 (arXiv 1911.05722), Eq. 1-2 and Algorithm 1; Chen et al. 2020 (2003.04297) adds the MLP
 head. Compared with the authors' `moco/builder.py`, which stores the queue transposed, (D, K), and enqueues
 inside `forward`; ours enqueues in `end_step`, after backward, in the order of the global batch.
-Shape suffixes: B = images in this process, N = images of all processes, d = projection width, K = queue length.
+Shape suffixes: B = images in this process, N = images of all processes, d = projection width, K = queue
+length.
 """
 
 import torch
@@ -109,14 +110,15 @@ class MoCoForPreTraining(SSLForPreTraining):
 
     @torch.no_grad()
     def make_keys(self, key_view: Tensor) -> Tensor:
-        """Unit keys (B, d) of the teacher, with images shuffled over devices or groups (ShuffleBN, section 3.3).
+        """Unit keys (B, d) of the teacher, with images shuffled over devices or groups (ShuffleBN).
 
-        The shuffle keeps a query and its key from sharing BatchNorm statistics, which would give the pair away.
+        The shuffle (paper, section 3.3) keeps a query and its key from sharing BatchNorm statistics, which
+        would give the pair away.
         """
         if world_size() == 1 and self.config.batch_norm_splits == 1:
             return normalize(self.teacher(key_view)[1])
-        # Drawn from (seed, step), so that a repeated forward deals the same groups; broadcast, because processes
-        # that disagreed would match keys to foreign queries.
+        # Drawn from (seed, step), so that a repeated forward deals the same groups; broadcast, because
+        # processes that disagreed would match keys to foreign queries.
         generator = generator_of_step(*self._shuffle_seed)
         permutation_N = torch.randperm(len(key_view) * world_size(), generator=generator)
         permutation_N = broadcast(permutation_N.to(key_view.device))

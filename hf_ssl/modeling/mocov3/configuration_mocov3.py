@@ -30,9 +30,8 @@ class MoCoV3Config(SSLConfig):
     projection_size: int = 256  # --moco-dim
     projection_hidden_size: int = 4096  # --moco-mlp-dim
     num_projection_layers: int | None = None  # None: 3 for a ViT, 2 for a CNN
-    normalize_predictions: bool | None = (
-        None  # BatchNorm after the predictor; None: ViT yes, CNN no (as the code)
-    )
+    # BatchNorm after the predictor; None: ViT yes, CNN no (as the authors' code, not the paper)
+    normalize_predictions: bool | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

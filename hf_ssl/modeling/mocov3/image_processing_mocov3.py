@@ -19,7 +19,7 @@ class MoCoV3ImageProcessor(SSLImageProcessor):
 
     @classmethod
     def default_views(cls, image_size: int) -> list[dict[str, Any]]:
-        """Two different views: always blurred; rarely blurred but solarized. No blur at 32 px (solo-learn)."""
+        """Two different views: always blurred; rarely blurred but solarized. No blur at 32 px."""
         cropped = crop((0.08, 1.0), "bilinear")
         color = [color_jitter(0.4, 0.4, 0.2, 0.1, probability=0.8), grayscale()]
         blurs = ([blur(1.0)], [blur(0.1)]) if image_size > 32 else ([], [])

@@ -4,7 +4,8 @@ Source: Chen et al. 2021 (arXiv 2104.02057), Algorithm 1; compared with the auth
 ResNet predictor has no normalisation at its output although the paper says so; ours follows the code.
 Deliberate difference: the keys of all micro-batches of a step are made first (`prepare_step`), so that
 accumulation has the negatives of the whole step.
-Shape suffixes: B = images in this process, N = images of the whole step on all processes, d = projection width.
+Shape suffixes: B = images in this process, N = images of the whole step on all processes, d = projection
+width.
 """
 
 import math
@@ -86,7 +87,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
 
     @torch.no_grad()
     def make_keys(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher projections (B*W, d) of both views (B, 2, C, H, W), gathered over processes in rank order."""
+        """Teacher projections (B*W, d) of both views (B, 2, C, H, W), gathered in rank order."""
         first, second = (all_gather(self.teacher(view)[1]) for view in split_views(pixel_values, num_views=2))
         return first, second
 
@@ -95,15 +96,17 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
 
         Args:
             pixel_values: (B, 2, C, H, W), normalised.
-            row_index: (B,) rows of the global batch among the prepared keys; without it, keys are made of this
-                batch alone.
+            row_index: (B,) rows of the global batch among the prepared keys; without it, keys are made of
+                this batch alone.
 
         Returns:
             `loss`: both directions summed, each 2T times a cross-entropy; 4T ln N when keys are alike.
         """
         if row_index is None or self._prepared_keys is None:
             keys = self.make_keys(pixel_values)
-            row_index = torch.arange(len(pixel_values), device=pixel_values.device) + rank() * len(pixel_values)
+            row_index = torch.arange(len(pixel_values), device=pixel_values.device) + rank() * len(
+                pixel_values
+            )
         else:
             keys = self._prepared_keys
         predictions, features = [], []
@@ -124,13 +127,15 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
 
     @property
     def loss_couples_the_batch(self) -> bool:
-        """Keys of all micro-batches are prepared together, so accumulation is a larger batch but for BatchNorm."""
+        """Keys of a step are made together, so accumulation is a larger batch but for BatchNorm."""
         return False
 
     def check_global_batch(self, global_batch_size: int) -> None:
         """Refuse a batch without negatives."""
         if global_batch_size < 2:
-            raise ValueError(f"MoCo v3 needs at least 2 images per step for negatives, got {global_batch_size}")
+            raise ValueError(
+                f"MoCo v3 needs at least 2 images per step for negatives, got {global_batch_size}"
+            )
 
     def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss when the keys of `num_images` cannot be told apart."""

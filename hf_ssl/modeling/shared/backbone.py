@@ -35,7 +35,7 @@ class SSLTimmBackbone(nn.Module):
 
     @torch.no_grad()
     def start_afresh(self, names: Collection[str]) -> None:
-        """Give tensors of `network` the values of a new network; `from_pretrained` builds it on the meta device.
+        """Give tensors of `network` the values of a new one; `from_pretrained` builds on the meta device.
 
         Args:
             names: keys of `network.state_dict()`.
@@ -94,8 +94,9 @@ def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
     stem = getattr(network, "conv1", None)
     if not (isinstance(stem, nn.Conv2d) and hasattr(network, "maxpool") and hasattr(network, "layer4")):
         raise ValueError(
-            f"images under {SMALL_IMAGE_SIDE} px need the small stem, which only timm's ResNets with a 7x7 stem "
-            f"have; got '{config.architecture}': use resnet18 or resnet50, larger images, or small_stem_stride=0"
+            f"images under {SMALL_IMAGE_SIDE} px need the small stem, which only timm's ResNets with a 7x7 "
+            f"stem have; got '{config.architecture}': use resnet18 or resnet50, larger images, or "
+            "small_stem_stride=0"
         )
     stride = int(config.small_stem_stride or 1)
     small = nn.Conv2d(stem.in_channels, stem.out_channels, 3, stride=stride, padding=1, bias=False)

@@ -20,9 +20,8 @@ _FIELDS_OF_RELOADED_CONFIGS = {
     "is_custom_code", "custom_pipelines", "base_model_tp_plan",
 }  # fmt: skip
 
-SMALL_IMAGE_SIDE = (
-    64  # below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10)
-)
+# Below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10).
+SMALL_IMAGE_SIDE = 64
 
 
 def refuse_unknown_fields(config_class: type, unknown: dict[str, Any]) -> None:
@@ -125,7 +124,7 @@ class SSLTimmConfig(PreTrainedConfig):
     model_args: dict[str, Any] | None = None  # passed to timm.create_model
     image_size: int = 224
     num_channels: int = 3
-    # 0: the architecture's own stem. 1 or 2: a 3x3 convolution of that stride and no pooling (timm's ResNets).
+    # 0: the architecture's own stem. 1 or 2: a 3x3 convolution of that stride, no pooling (timm's ResNets).
     small_stem_stride: int | None = None  # None: 1 for image_size < 64, else 0
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -11,9 +11,8 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-SMALLEST_CROPPED_SIDE = (
-    65  # at 64 px and below, images are resized whole: a crop would lose what little there is
-)
+# At 64 px and below, images are resized whole: a crop would lose what little there is.
+SMALLEST_CROPPED_SIDE = 65
 
 
 class SSLImageProcessorKwargs(ImagesKwargs, total=False):

@@ -158,7 +158,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
         raise TypeError(f"{type(self).__name__} must define forward")
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
-        """After the optimizer: move teacher, queue or centre once, from the `updates` of all micro-batches."""
+        """After the optimizer: move teacher, queue or centre once, by the `updates` of all micro-batches."""
 
     def check_global_batch(self, global_batch_size: int) -> None:
         """Raise ValueError before step one where the method cannot work with this many images per step."""
@@ -169,7 +169,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     @property
     def loss_couples_the_batch(self) -> bool:
-        """Whether the loss of an image depends on the other images, so that accumulation is no larger batch."""
+        """Whether an image's loss depends on the other images, so that accumulation is no larger batch."""
         return False
 
     # Parameters
@@ -261,7 +261,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     @torch.no_grad()
     def _after_loading(self, info: dict[str, Any]) -> None:
-        """Copy what only one branch has to the other; where neither has it, the teacher starts as the student."""
+        """Copy what only one branch has to the other; where neither has it, the teacher is the student."""
         super()._after_loading(info)
         if not self.has_teacher:
             return
@@ -323,7 +323,7 @@ class Branch(nn.Module):
 
 
 def generator_of_step(seed: int, step: int) -> torch.Generator:
-    """Random numbers on the CPU that depend on (seed, step) alone: the same in every process and repetition."""
+    """Random numbers (CPU) that depend on (seed, step) alone: the same in every process and repetition."""
     return torch.Generator().manual_seed(hash((seed, step)) % 2**63)
 
 
@@ -335,7 +335,8 @@ def split_views(pixel_values: Tensor, num_views: int) -> list[Tensor]:
     """
     if pixel_values.ndim != 5 or pixel_values.shape[1] != num_views:
         raise ValueError(
-            f"pixel_values must be (batch, {num_views} views, channels, height, width), got {tuple(pixel_values.shape)}"
+            f"pixel_values must be (batch, {num_views} views, channels, height, width), "
+            f"got {tuple(pixel_values.shape)}"
         )
     return list(pixel_values.unbind(1))
 

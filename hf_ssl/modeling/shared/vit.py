@@ -64,7 +64,9 @@ class SSLViTPatchEmbeddings(nn.Module):
         if pixel_values.shape[1] != self.num_channels:
             raise ValueError(f"expected {self.num_channels} channels, got {pixel_values.shape[1]}")
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"image of {height}x{width} pixels is not a multiple of patch_size {self.patch_size}")
+            raise ValueError(
+                f"image of {height}x{width} pixels is not a multiple of patch_size {self.patch_size}"
+            )
         # Here and not in the model: with a float32 teacher the two branches of a half-precision model differ.
         pixel_values = pixel_values.to(self.projection.weight.dtype)
         if kept_index_BM is None:
@@ -83,7 +85,9 @@ class SSLViTEmbeddings(nn.Module):
         self.patch_embeddings = SSLViTPatchEmbeddings(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_class_token else None
         self.register_tokens = (
-            nn.Parameter(torch.empty(1, config.num_register_tokens, width)) if config.num_register_tokens else None
+            nn.Parameter(torch.empty(1, config.num_register_tokens, width))
+            if config.num_register_tokens
+            else None
         )
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
         num_positions = config.grid_size**2 + int(config.use_class_token)
@@ -110,7 +114,11 @@ class SSLViTEmbeddings(nn.Module):
         else:
             first = "row" if config.position_embedding_type == "sincos_row_first" else "column"
             table = sincos_positions(
-                config.hidden_size, config.grid_size, config.grid_size, first=first, class_token=config.use_class_token
+                config.hidden_size,
+                config.grid_size,
+                config.grid_size,
+                first=first,
+                class_token=config.use_class_token,
             )
             init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
 
@@ -118,13 +126,20 @@ class SSLViTEmbeddings(nn.Module):
         self, pixel_values: Tensor, kept_index_BM: Tensor | None = None, bool_masked_pos: Tensor | None = None
     ) -> Tensor:
         """Tokens (B, T, D): class token, registers, then patches (all, or those of `kept_index_BM`)."""
-        grid = (pixel_values.shape[-2] // self.config.patch_size, pixel_values.shape[-1] // self.config.patch_size)
+        grid = (
+            pixel_values.shape[-2] // self.config.patch_size,
+            pixel_values.shape[-1] // self.config.patch_size,
+        )
         positions = self.positions(grid)
         patches_BND = self.patch_embeddings(pixel_values, kept_index_BM)
         if bool_masked_pos is not None:
             if self.mask_token is None:
-                raise ValueError("bool_masked_pos needs a mask token; set use_mask_token=True in the backbone_config")
-            patches_BND = torch.where(bool_masked_pos.unsqueeze(-1), self.mask_token.to(patches_BND.dtype), patches_BND)
+                raise ValueError(
+                    "bool_masked_pos needs a mask token; set use_mask_token=True in the backbone_config"
+                )
+            patches_BND = torch.where(
+                bool_masked_pos.unsqueeze(-1), self.mask_token.to(patches_BND.dtype), patches_BND
+            )
         patch_positions = positions[:, int(self.config.use_class_token) :]
         if kept_index_BM is not None:
             index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
@@ -141,7 +156,9 @@ class SSLViTEmbeddings(nn.Module):
         trained = (self.config.grid_size, self.config.grid_size)
         if grid == trained:
             return self.position_embeddings
-        return resize_positions(self.position_embeddings, trained, grid, has_class_token=self.config.use_class_token)
+        return resize_positions(
+            self.position_embeddings, trained, grid, has_class_token=self.config.use_class_token
+        )
 
 
 class SSLViTAttention(nn.Module):
@@ -188,7 +205,7 @@ class SSLViTMLP(nn.Module):
 
 
 class SSLViTSwiGLU(nn.Module):
-    """Gated MLP (arXiv 2002.05202) with the width rule and in-memory names of transformers' `Dinov2SwiGLUFFN`."""
+    """Gated MLP (arXiv 2002.05202) with the width rule and names of transformers' `Dinov2SwiGLUFFN`."""
 
     def __init__(self, config: SSLViTConfig) -> None:
         super().__init__()

@@ -7,7 +7,10 @@ from hf_ssl.modeling.shared.configuration import SSLConfig
 
 @strict
 class SimCLRConfig(SSLConfig):
-    """SimCLR (arXiv 2002.05709; v2: 2006.10029). Sources: the authors' `model_util.py`, `run.py` and README."""
+    """SimCLR (arXiv 2002.05709; v2: 2006.10029).
+
+    Sources: the authors' `model_util.py`, `run.py` and README.
+    """
 
     model_type = "hf_ssl_simclr"
     default_backbone = {"model_type": "hf_ssl_timm", "architecture": "resnet50"}

@@ -62,7 +62,7 @@ class SimCLRForPreTraining(SSLForPreTraining):
             row_index: (B,) rows of the global batch; unused.
 
         Returns:
-            `loss`: mean over 2B anchors in nats; ln(2N - 1) for a uniform softmax over N images of all processes.
+            `loss`: mean over 2B anchors in nats; ln(2N - 1) for a uniform softmax, N images on all processes.
         """
         features_BD, projections_Bd = self.student(join_views(pixel_values, num_views=2))
         first_Bd, second_Bd = projections_Bd.chunk(2)
@@ -87,7 +87,7 @@ class SimCLRForPreTraining(SSLForPreTraining):
             )
 
     def expectations(self, num_images: int = 256) -> dict[str, float]:
-        """Loss of a uniform softmax over `num_images` pairs, and of aligned positives among uniform negatives."""
+        """Loss of a uniform softmax over `num_images` pairs; of aligned positives among uniform negatives."""
         candidates = 2 * num_images - 1
         aligned = math.log1p((candidates - 1) * math.exp(-1 / self.config.temperature))
         return {"loss_at_start": math.log(candidates), "loss_when_learned": aligned}
