@@ -152,15 +152,11 @@ def job_environment() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, number of cores and their load."""
+    """Processor and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else "unknown",
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
+    return {"cpu": models[0] if models else "unknown", "cores": os.cpu_count()}
 
 
 def git_commit() -> str:
@@ -186,14 +182,13 @@ def main() -> None:
     pairs = [(job, result_file(job, arguments.work)) for job in list_jobs(arguments)]
     missing = [(job, path) for job, path in pairs if not path.is_file()]
     say(f"{len(missing)} of {len(pairs)} jobs to run, {arguments.jobs} at a time")
-    machine = describe_machine()
     Runner(arguments.jobs).run(missing)
     results = [json.loads(path.read_text(encoding="utf-8")) for _, path in pairs]
     facts = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "commit": git_commit(),
         "data": Path(arguments.data).name,
-        "machine": machine,
+        "machine": describe_machine(),
         "jobs_at_a_time": arguments.jobs,
         "seeds": arguments.seeds,
         "steps_scale": arguments.steps_scale,

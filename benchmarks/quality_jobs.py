@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -216,11 +215,7 @@ def score_training(job: Job, training: Training) -> list[ScoreRow]:
     pools = pools_of(job.recipe())
     rows = evaluate_encoder(training.encoder, training.processor, train, test, pools, floors=False).rows
     floors = evaluate_encoder(training.initial_encoder, training.processor, train, test, pools, floors=False)
-    return [*rows, *_renamed(floors.rows, RANDOM)]
-
-
-def _renamed(rows: Iterable[ScoreRow], features: str) -> list[ScoreRow]:
-    return [ScoreRow(**{**asdict(row), "features": features}) for row in rows]
+    return [*rows, *(replace(row, features=RANDOM) for row in floors.rows)]
 
 
 def score_pixels(job: Job) -> list[ScoreRow]:
@@ -235,7 +230,7 @@ def score_pixels(job: Job) -> list[ScoreRow]:
 
 def run_job(job: Job, folder: Path) -> dict[str, Any]:
     """Result of a job as plain data."""
-    result: dict[str, Any] = {"job": asdict(job), "torch_threads": torch.get_num_threads()}
+    result = {"job": asdict(job), "torch_threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     if job.implementation == "pixels":
         return result | {"rows": [asdict(row) for row in score_pixels(job)]}
     training = (train_ours if job.implementation == "ours" else train_lightly)(job, folder)
