@@ -145,10 +145,11 @@ def _reading(results: list[Result]) -> list[str]:
         "- Floors print their best: of plain, centred and standardised kNN, and of 32 x 32 and 8 x 8 pixels. "
         "Random init is our own network at step 0; BatchNorm statistics are estimated on 2,048 train images.",
         "- Same on both sides: images, network, steps, batch, AdamW (fused), rates, schedule, precision, "
-        "initial weights of the CNN, strengths of the views. Each side's own: weights of heads and ViT at the "
-        "start, code of views, loss, queue, masks and attention.",
+        "initial weights of the CNN, strengths of the views. Each side's own: initial weights of heads and "
+        "ViT, code of views, loss, queue, masks and attention.",
         "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
-        "views, forward, backward, update), so that load from elsewhere changes them little.",
+        "views, forward, backward, update). Load from elsewhere still slows them through shared caches: trust "
+        "the ratio, whose sides ran side by side, more than the figures.",
         "",
         "Settings:",
         "",
