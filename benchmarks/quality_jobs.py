@@ -54,6 +54,7 @@ class Job:
         seed: of weights, data order, views and masks.
         data: folder with a train and a test split.
         steps_scale: factor on the steps of the recipe.
+        bf16: whether to train with bf16 autocast; decided once for all jobs.
     """
 
     implementation: str
@@ -61,6 +62,7 @@ class Job:
     seed: int
     data: str
     steps_scale: float
+    bf16: bool
 
     def recipe(self) -> Recipe:
         """The method's recipe on the benchmark's data; both implementations take their settings from it."""
@@ -71,6 +73,7 @@ class Job:
             "split": "train",
             "seed": self.seed,
             "max_steps": steps,
+            "bf16": self.bf16,
             "logging_steps": max(steps // LOSSES_KEPT, 1),
             "logging_strategy": "steps",
             "disable_tqdm": True,

@@ -148,8 +148,8 @@ def _reading(results: list[Result]) -> list[str]:
         "initial weights of the CNN, strengths of the views. Each side's own: initial weights of heads and "
         "ViT, code of views, loss, queue, masks and attention.",
         "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
-        "views, forward, backward, update). Load from elsewhere still slows them through shared caches: trust "
-        "the ratio, whose sides ran side by side, more than the figures.",
+        "views, forward, backward, update). Load from elsewhere still slows them through shared caches: "
+        "trust the ratio, whose sides ran side by side, more than the figures.",
         "",
         "Settings:",
         "",
