@@ -75,7 +75,7 @@ def list_jobs(arguments: argparse.Namespace) -> list[Job]:
 
 
 def choose_bf16(arguments: argparse.Namespace) -> bool:
-    """One precision for all jobs, also of a continued benchmark: what is faster is measured, and may waver."""
+    """One precision for all jobs, also when continued: which one is faster is measured, and may waver."""
     if arguments.bf16 != "auto":
         return bool(arguments.bf16 == "yes")
     kept = arguments.work / "bf16.json"
