@@ -51,6 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument(
+        "--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where it is faster"
+    )
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on all steps, for smoke tests")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "quality", help="results of single jobs")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "quality.md")
@@ -59,15 +62,29 @@ def parse_arguments() -> argparse.Namespace:
 
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     """All jobs, both implementations side by side, so that a change in the machine's load meets both."""
-    shared = {"data": str(Path(arguments.data).resolve()), "steps_scale": arguments.steps_scale}
-    pixels = {"implementation": "pixels", "method": "", "seed": 0, "data": shared["data"], "steps_scale": 1.0}
-    jobs = [pixels]
+    data = str(Path(arguments.data).resolve())
+    shared = {"data": data, "steps_scale": arguments.steps_scale, "bf16": choose_bf16(arguments)}
+    untrained = {"data": data, "steps_scale": 1.0, "bf16": False}
+    jobs: list[Job] = [{"implementation": "pixels", "method": "", "seed": 0, **untrained}]
     for seed in arguments.seeds:
         for method in arguments.methods:
             jobs.append({"implementation": "ours", "method": method, "seed": seed, **shared})
             if method in COMPARED:
                 jobs.append({"implementation": "lightly", "method": method, "seed": seed, **shared})
     return jobs
+
+
+def choose_bf16(arguments: argparse.Namespace) -> bool:
+    """One precision for all jobs, also when continued: which one is faster is measured, and may waver."""
+    if arguments.bf16 != "auto":
+        return bool(arguments.bf16 == "yes")
+    kept = arguments.work / "bf16.json"
+    if not kept.is_file():
+        code = "from hf_ssl.training.recipes import has_fast_bf16; print(int(has_fast_bf16()))"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=job_environment(), stdout=subprocess.PIPE, text=True, check=True)
+        kept.write_text(json.dumps(done.stdout.strip() == "1"), encoding="utf-8")
+    return bool(json.loads(kept.read_text(encoding="utf-8")))
 
 
 def result_file(job: Job, work: Path) -> Path:
@@ -152,15 +169,11 @@ def job_environment() -> dict[str, str]:
 
 
 def describe_machine() -> dict[str, Any]:
-    """Processor, number of cores and their load."""
+    """Processor and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else "unknown",
-        "cores": os.cpu_count(),
-        "load": round(os.getloadavg()[0], 1),
-    }
+    return {"cpu": models[0] if models else "unknown", "cores": os.cpu_count()}
 
 
 def git_commit() -> str:
@@ -186,14 +199,13 @@ def main() -> None:
     pairs = [(job, result_file(job, arguments.work)) for job in list_jobs(arguments)]
     missing = [(job, path) for job, path in pairs if not path.is_file()]
     say(f"{len(missing)} of {len(pairs)} jobs to run, {arguments.jobs} at a time")
-    machine = describe_machine()
     Runner(arguments.jobs).run(missing)
     results = [json.loads(path.read_text(encoding="utf-8")) for _, path in pairs]
     facts = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "commit": git_commit(),
         "data": Path(arguments.data).name,
-        "machine": machine,
+        "machine": describe_machine(),
         "jobs_at_a_time": arguments.jobs,
         "seeds": arguments.seeds,
         "steps_scale": arguments.steps_scale,

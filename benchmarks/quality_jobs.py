@@ -14,8 +14,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ class Job:
         seed: of weights, data order, views and masks.
         data: folder with a train and a test split.
         steps_scale: factor on the steps of the recipe.
+        bf16: whether to train with bf16 autocast; decided once for all jobs.
     """
 
     implementation: str
@@ -62,6 +62,7 @@ class Job:
     seed: int
     data: str
     steps_scale: float
+    bf16: bool
 
     def recipe(self) -> Recipe:
         """The method's recipe on the benchmark's data; both implementations take their settings from it."""
@@ -72,6 +73,7 @@ class Job:
             "split": "train",
             "seed": self.seed,
             "max_steps": steps,
+            "bf16": self.bf16,
             "logging_steps": max(steps // LOSSES_KEPT, 1),
             "logging_strategy": "steps",
             "disable_tqdm": True,
@@ -216,11 +218,7 @@ def score_training(job: Job, training: Training) -> list[ScoreRow]:
     pools = pools_of(job.recipe())
     rows = evaluate_encoder(training.encoder, training.processor, train, test, pools, floors=False).rows
     floors = evaluate_encoder(training.initial_encoder, training.processor, train, test, pools, floors=False)
-    return [*rows, *_renamed(floors.rows, RANDOM)]
-
-
-def _renamed(rows: Iterable[ScoreRow], features: str) -> list[ScoreRow]:
-    return [ScoreRow(**{**asdict(row), "features": features}) for row in rows]
+    return [*rows, *(replace(row, features=RANDOM) for row in floors.rows)]
 
 
 def score_pixels(job: Job) -> list[ScoreRow]:
@@ -235,7 +233,7 @@ def score_pixels(job: Job) -> list[ScoreRow]:
 
 def run_job(job: Job, folder: Path) -> dict[str, Any]:
     """Result of a job as plain data."""
-    result: dict[str, Any] = {"job": asdict(job), "torch_threads": torch.get_num_threads()}
+    result = {"job": asdict(job), "torch_threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
     if job.implementation == "pixels":
         return result | {"rows": [asdict(row) for row in score_pixels(job)]}
     training = (train_ours if job.implementation == "ours" else train_lightly)(job, folder)

@@ -110,6 +110,7 @@ def _speed_ratio(ours: list[Result], peer: list[Result]) -> str:
 
 def _heading(facts: dict[str, Any], results: list[Result]) -> list[str]:
     machine = facts["machine"]
+    loads = [result["load"] for result in results]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     threads = max(result["torch_threads"] for result in results)
     seeds = ", ".join(map(str, facts["seeds"]))
@@ -119,7 +120,8 @@ def _heading(facts: dict[str, Any], results: list[Result]) -> list[str]:
         "",
         f"{facts['date']}, commit {facts['commit']}. Written by `python benchmarks/quality.py`.",
         "",
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores, load {machine['load']} at the start; "
+        f"- Machine: {machine['cpu']}, {machine['cores']} cores, load {min(loads):.1f} to {max(loads):.1f} "
+        "at the start of jobs; "
         f"{facts['jobs_at_a_time']} processes at a time, {threads} torch thread each.",
         f"- {versions}.",
         f"- Data: `{facts['data']}`, all images of both splits; seeds {seeds}; "
@@ -143,9 +145,11 @@ def _reading(results: list[Result]) -> list[str]:
         "- Floors print their best: of plain, centred and standardised kNN, and of 32 x 32 and 8 x 8 pixels. "
         "Random init is our own network at step 0; BatchNorm statistics are estimated on 2,048 train images.",
         "- Same on both sides: images, network, steps, batch, AdamW (fused), rates, schedule, precision, "
-        "strengths of the views. Each side's own: initial weights, views, loss, queue, masks, attention.",
+        "initial weights of the CNN, strengths of the views. Each side's own: initial weights of heads and "
+        "ViT, code of views, loss, queue, masks and attention.",
         "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
-        "views, forward, backward, update), so that load from elsewhere changes them little.",
+        "views, forward, backward, update). Load from elsewhere still slows them through shared caches: "
+        "trust the ratio, whose sides ran side by side, more than the figures.",
         "",
         "Settings:",
         "",
