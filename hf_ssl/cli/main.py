@@ -26,7 +26,10 @@ app.command("show")(show.show)
 
 
 def main() -> None:
-    """Entry point. `--debug` anywhere shows the traceback of an error."""
+    """Entry point: ends with exit code 0, 2 for what cannot be done, 130 after Ctrl-C.
+
+    `--debug` anywhere shows the traceback of an error.
+    """
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     _configure_logging()

@@ -121,8 +121,8 @@ class SSLTrainingArguments(TrainingArguments):
         if self.global_batch_size % at_once:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of "
-                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} processes; use "
-                f"{max(self.global_batch_size // at_once, 1) * at_once}"
+                f"per_device_train_batch_size {self.per_device_train_batch_size} x {self.world_size} "
+                f"processes; use {max(self.global_batch_size // at_once, 1) * at_once}"
             )
         self.gradient_accumulation_steps = self.global_batch_size // at_once
 

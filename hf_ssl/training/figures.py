@@ -45,7 +45,7 @@ class _Figures:
     def pixel_values(self, images: list[Any]) -> Tensor:
         """Images as the encoder takes them (B, C, H, W)."""
         pictures = [Image.fromarray(image) for image in images]
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
 
     def views(self) -> Image.Image:
         """Training views with their crop boxes."""

@@ -25,10 +25,11 @@ def probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
     splits = data.probe_splits or _train_and_test(dataset, data)
     if splits is None:
         return _held_out(dataset, data)
-    configs = data.probe_config_names or [data.config_name] * 2
+    configs: list[str | None] = [*(data.probe_config_names or [data.config_name] * 2)]
     bank, query = (_open(dataset, data, split, config) for split, config in zip(splits, configs, strict=True))
     if bank.label_column is None or query.label_column is None:
-        return _refuse_unlabelled(bank, data)
+        _require_labels_of_named_data(bank, data)
+        return None
     return bank, query
 
 
@@ -42,7 +43,7 @@ def _open(dataset: str, data: DataArguments, split: str | None, config_name: str
     )
 
 
-def _refuse_unlabelled(source: ImageSource, data: DataArguments) -> None:
+def _require_labels_of_named_data(source: ImageSource, data: DataArguments) -> None:
     """Training images may have no labels; images that were named for the probe must have some."""
     if data.probe_dataset is not None:
         raise DataError(
@@ -64,7 +65,8 @@ def _held_out(dataset: str, data: DataArguments) -> tuple[Any, Any] | None:
     """Bank and queries cut from one labelled split, spread over it, since folders are sorted by class."""
     source = _open(dataset, data, data.split if data.probe_dataset is None else None, data.config_name)
     if source.label_column is None:
-        return _refuse_unlabelled(source, data)
+        _require_labels_of_named_data(source, data)
+        return None
     limit = data.probe_limit * HELD_OUT_EVERY // (HELD_OUT_EVERY - 1)
     rows = [row for _, row in read_rows(source, limit)]
     query = rows[::HELD_OUT_EVERY]

@@ -112,7 +112,7 @@ class Recipe:
             RecipeError: a field is unknown, of the wrong type or out of range.
         """
         try:
-            return METHODS[self.method].config_class(**self.model)  # type: ignore[no-any-return]
+            return METHODS[self.method].config_class(**self.model)
         except Exception as error:
             raise RecipeError(_innermost_message(error)) from error
 

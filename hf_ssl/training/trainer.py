@@ -91,8 +91,8 @@ class SSLTrainer(Trainer):
         **kwargs: as in transformers.
 
     Raises:
-        ValueError: the batch does not suit the method, the schedule does not fit, or neither `max_steps` nor the
-            length of the data is known.
+        ValueError: the batch does not suit the method, the schedule does not fit, or neither `max_steps` nor
+            the length of the data is known.
     """
 
     loss_is_scaled_for_ga = False  # our losses are means, so Trainer divides by the number of micro-batches
@@ -152,7 +152,7 @@ class SSLTrainer(Trainer):
         model.check_global_batch(int(args.global_batch_size or 1))
         has_batch_norm = any("BatchNorm" in type(module).__name__ for module in model.modules())
         if args.per_device_train_batch_size < 2 and (has_batch_norm or model.loss_couples_the_batch):
-            reason = "BatchNorm needs" if has_batch_norm else "negatives need"
+            reason = "negatives need" if model.loss_couples_the_batch else "BatchNorm needs"
             raise ValueError(f"{reason} other images: per_device_train_batch_size must be at least 2, got 1")
         if model.loss_couples_the_batch and args.gradient_accumulation_steps > 1:
             logger.warning(
@@ -187,7 +187,7 @@ class SSLTrainer(Trainer):
             )
         return max(self.loader.batches_per_epoch // args.gradient_accumulation_steps, 1)
 
-    def get_train_dataloader(self) -> TrainLoader:  # type: ignore[override]
+    def get_train_dataloader(self) -> TrainLoader:
         """The loader, positioned behind the steps that a resumed run has done."""
         self.loader = self._build_loader(self.args, self._resume_step * self.args.gradient_accumulation_steps)
         return self.loader
@@ -204,7 +204,7 @@ class SSLTrainer(Trainer):
         self._step_batches = model_inputs(batches, self.args.process_index, self.args.world_size)
         return self._step_batches, None
 
-    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+    def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move to the device; bytes become normalised floats there, a quarter of the transfer."""
         inputs = super()._prepare_inputs(inputs)
         processor: Any = self.processing_class
@@ -238,6 +238,7 @@ class SSLTrainer(Trainer):
         """Loss of one micro-batch; keeps what `end_step` and the log need."""
         outputs: SSLOutput = model(**inputs)
         self._updates.append(outputs.updates or {})
+        assert outputs.loss is not None
         self._guard.add(outputs.loss)
         for name, value in (outputs.parts or {}).items():
             self._parts.setdefault(name, []).append(value.detach())
@@ -256,9 +257,9 @@ class SSLTrainer(Trainer):
             self.model.end_step(self._updates)
         self._updates = []
 
-    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:  # type: ignore[override]
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
         if self.args.clip_mode == "global":
-            return super()._clip_grad_norm(model)  # type: ignore[no-any-return]
+            return super()._clip_grad_norm(model)
         norms = [
             torch.nn.utils.clip_grad_norm_(parameter, self.args.max_grad_norm)
             for parameter in model.parameters()

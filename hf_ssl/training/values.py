@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Callable
 from enum import Enum
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -16,16 +16,19 @@ _PLAIN_SCALARS = {
     "null": (r"^(?:~|null|None)$", "~nN"),
     "bool": (r"^(?:true|True|false|False)$", "tTfF"),
     "int": (r"^[-+]?(?:0|[1-9][0-9_]*)$", "-+0123456789"),
-    "float": (r"^[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+    "float": (
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+)$",
+        "-+.0123456789",
+    ),
 }
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
 
 for _tag, (_pattern, _first) in _PLAIN_SCALARS.items():
