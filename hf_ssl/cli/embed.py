@@ -22,9 +22,11 @@ def embed(
 ) -> None:
     """Write features of images; an interrupted call continues where it stopped."""
     from hf_ssl.cli.loading import load_encoder
+    from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.data import open_images
     from hf_ssl.evaluation.embeddings import embed as write_embeddings
 
+    quiet_libraries()
     source = open_images(dataset, split=split, config_name=config_name, image_column=image_column)
     encoder, processor = load_encoder(model)
     path = write_embeddings(encoder, processor, source, output, pool, batch_size=batch_size, limit=limit)

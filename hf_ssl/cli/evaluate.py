@@ -31,10 +31,12 @@ def evaluate(
 ) -> None:
     """Score an encoder by kNN and linear probe, beside raw pixels and random weights."""
     from hf_ssl.cli.loading import load_encoder, run_recipe
+    from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.evaluation.protocol import evaluate_encoder
     from hf_ssl.training.probe_data import probe_sources
     from hf_ssl.training.recipes import DataArguments
 
+    quiet_libraries()
     encoder, processor = load_encoder(model)
     if dataset is None:
         data = run_recipe(model).data

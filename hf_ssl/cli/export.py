@@ -11,8 +11,10 @@ def export(
     overwrite: Annotated[bool, typer.Option(help="Replace what the folder holds.")] = False,
 ) -> None:
     """Write the encoder as a transformers or timm model that loads without hf_ssl."""
+    from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.hub import export_encoder
 
+    quiet_libraries()
     report = export_encoder(run, folder, overwrite=overwrite)
     typer.echo(f"{report.native_class} in {report.folder}, difference {report.max_abs_difference:.1e}")
     for note in report.notes:

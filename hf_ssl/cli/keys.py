@@ -7,7 +7,7 @@ def parse_keys(arguments: Sequence[str]) -> dict[str, str]:
     """`--key value`, `--key=value` or a bare `--key` (true) as a dictionary.
 
     Raises:
-        ValueError: a value without a key.
+        ValueError: a value without a key, or a key given twice.
     """
     keys: dict[str, str] = {}
     waiting: str | None = None
@@ -15,6 +15,8 @@ def parse_keys(arguments: Sequence[str]) -> dict[str, str]:
         if argument.startswith("--"):
             name, has_value, value = argument[2:].partition("=")
             name = name.replace("-", "_")
+            if name in keys:
+                raise ValueError(f"--{name} is given twice; give it once")
             keys[name] = value if has_value else "true"
             waiting = None if has_value else name
         elif waiting is not None:

@@ -10,10 +10,8 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no model there.
     """
-    import transformers
     from transformers import AutoImageProcessor, AutoModel
 
-    transformers.utils.logging.disable_progress_bar()
     folder = Path(run_or_name)
     looks_local = run_or_name.startswith((".", "/", "~")) or run_or_name.count("/") != 1
     if folder.exists() or looks_local:

@@ -12,7 +12,9 @@ def show(
     ] = None,
 ) -> None:
     """Draw views, reconstructions, patch features, nearest neighbours and curves."""
+    from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.training.figures import draw_run
 
+    quiet_libraries()
     for path in draw_run(run, output_dir):
         typer.echo(str(path))

@@ -19,8 +19,10 @@ def train(
 ) -> None:
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
     from hf_ssl.cli.keys import parse_keys
+    from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.training.run import train as run_training
 
+    quiet_libraries()
     keys = parse_keys(context.args)
     run = run_training(
         method, recipe=recipe, output_dir=output_dir, resume=resume, init_from=init_from, **keys

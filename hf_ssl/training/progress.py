@@ -63,7 +63,7 @@ def format_entry(logs: dict[str, Any], step: int, max_steps: int) -> str:
         return f"{place}  {format_scores({name.removeprefix('eval_'): v for name, v in logs.items()})}"
     if "train_runtime" in logs:
         return (
-            f"{place}  done in {_duration(logs['train_runtime'])}, "
+            f"{place}  {_duration(logs['train_runtime'])}, "
             f"{logs['train_samples_per_second']:.0f} images/s, mean loss {logs['train_loss']:.3f}"
         )
     shown = {name: value for name, value in logs.items() if name not in HIDDEN}

@@ -17,7 +17,6 @@ from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
-from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.checkpoints import WRITE_ERRORS, CheckpointError, checkpoints, write_failed
 from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
@@ -33,6 +32,7 @@ from hf_ssl.training.recipes import (
     override,
     training_arguments,
 )
+from hf_ssl.training.starting_points import build_model
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -217,7 +217,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
         processor = METHODS[recipe.method].processor_class.for_image_size(
             config.image_size, **recipe.processor
         )
-        model = _build_model(recipe, config)
+        model = build_model(recipe, config)
         probe = build_probe(recipe.data, processor, args)
         trainer = SSLTrainer(
             model=model,
@@ -250,18 +250,6 @@ def open_sources(data: DataArguments) -> list[ImageSource]:
     ]
 
 
-def _build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
-    model_class = METHODS[recipe.method].pretraining_class
-    try:
-        if recipe.init_from is None:
-            return model_class(config)
-        return model_class.from_pretrained(recipe.init_from, config=config, allow_new_heads=True)
-    except OSError as error:
-        raise RecipeError(
-            f"cannot start from '{recipe.init_from}': {' '.join(str(error).split())}"
-        ) from error
-
-
 def build_probe(
     data: DataArguments, processor: SSLImageProcessor, args: SSLTrainingArguments
 ) -> OnlineProbe | None:
@@ -270,6 +258,7 @@ def build_probe(
     if pair is None:
         logger.info("probe     none: the data have no labels; give --probe_dataset to see whether it learns")
         return None
+    _check_metric(args, data.probe_linear)
     return OnlineProbe(
         *pair,
         processor=processor,
@@ -279,6 +268,15 @@ def build_probe(
         limit=data.probe_limit,
         dtype=torch.bfloat16 if args.bf16 else None,
     )
+
+
+def _check_metric(args: SSLTrainingArguments, has_linear: bool) -> None:
+    scores = ["knn", "linear"] if has_linear else ["knn"]
+    if args.metric_for_best_model not in (None, *scores, *(f"eval_{score}" for score in scores)):
+        raise RecipeError(
+            f"metric_for_best_model '{args.metric_for_best_model}' is not scored; use {' or '.join(scores)} "
+            "(linear needs probe_linear)"
+        )
 
 
 def _train_and_save(trainer: SSLTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Run:

@@ -1,0 +1,35 @@
+"""Pictures of a run: those that suit its method. (All of MAE's are drawn in tests/cli.)"""
+
+from pathlib import Path
+
+import pytest
+
+from hf_ssl.training.figures import draw_run
+from hf_ssl.training.recipes import RecipeError
+from hf_ssl.training.run import train
+from tests.training.test_run import TINY
+
+
+def test_a_contrastive_cnn_without_labels_has_no_reconstructions(image_folder: Path, tmp_path: Path):
+    options = {
+        name: value
+        for name, value in TINY.items()
+        if not name.startswith(("decoder", "hidden", "patch", "num_")) and name != "image_size"
+    }
+    run = train(
+        "simclr",
+        output_dir=str(tmp_path / "run"),
+        dataset=str(image_folder),
+        model_args={"layers": [1, 1, 1, 1], "channels": [8, 8, 8, 8]},
+        image_size=16,
+        **options,
+    )
+    paths = draw_run(str(run.folder))
+    assert {path.name for path in paths} == {"views.png", "neighbors.png", "curves.png"}
+    assert all(path.parent == run.folder / "figures" and path.stat().st_size > 1000 for path in paths)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match="is no run"):
+        draw_run(str(tmp_path))
+    assert not list(tmp_path.iterdir())
