@@ -13,6 +13,7 @@ from hf_ssl.data.decoding import decode_image
 from hf_ssl.data.readers import load_image
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
+from hf_ssl.evaluation.images import read_rows
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.pictures.curves import draw_curves
 from hf_ssl.pictures.neighbors import draw_neighbors
@@ -40,7 +41,7 @@ class _Figures:
         self.model: Any = AutoModelForPreTraining.from_pretrained(folder).eval()
         self.backbone = self.model.published_branch().backbone
         source = open_sources(self.recipe.data)[0]
-        self.images = [_decode(row) for row in source.rows(limit=NUM_IMAGES)]
+        self.images = [_decode(row) for row in _rows(source, NUM_IMAGES)]
 
     def pixel_values(self, images: list[Any]) -> Tensor:
         """Images as the encoder takes them (B, C, H, W)."""
@@ -87,7 +88,8 @@ class _Figures:
         gallery_rows, query_rows, names = self._gallery()
         gallery = [_decode(row) for row in gallery_rows]
         queries = [_decode(row) for row in query_rows]
-        similarity = _unit(self._features(queries)) @ _unit(self._features(gallery)).T
+        normalize = torch.nn.functional.normalize
+        similarity = normalize(self._features(queries), dim=1) @ normalize(self._features(gallery), dim=1).T
         values, indices = similarity.topk(min(NUM_NEIGHBORS, len(gallery)), dim=1)
         labels = None
         if names is not None:
@@ -104,10 +106,12 @@ class _Figures:
         """Rows to search, rows to search for, and the names of their labels."""
         pair = probe_sources(self.recipe.data)
         if pair is None:
-            rows = list(open_sources(self.recipe.data)[0].rows(limit=NUM_GALLERY))
-            return rows[NUM_IMAGES:], rows[:NUM_IMAGES], None
+            rows = _rows(open_sources(self.recipe.data)[0], NUM_GALLERY)
+            is_query = {index * len(rows) // NUM_IMAGES for index in range(NUM_IMAGES)}
+            gallery = [row for index, row in enumerate(rows) if index not in is_query]
+            return gallery, [rows[index] for index in sorted(is_query)], None
         gallery, queries = (
-            [*_rows(part, limit)] for part, limit in zip(pair, (NUM_GALLERY, NUM_IMAGES), strict=True)
+            _rows(part, limit) for part, limit in zip(pair, (NUM_GALLERY, NUM_IMAGES), strict=True)
         )
         return gallery, queries, getattr(pair[0], "label_names", None)
 
@@ -138,16 +142,12 @@ def _is_floor(key: str) -> bool:
 
 
 def _rows(source: Any, limit: int) -> list[Any]:
-    return list(source.rows(limit=limit)) if hasattr(source, "rows") else source[:limit]
+    """Rows spread over the whole source, as many sources are sorted."""
+    return [row for _, row in read_rows(source, limit)]
 
 
 def _decode(row: dict[str, Any]) -> Any:
     return decode_image(load_image(row["image"]))
-
-
-def _unit(features_ND: Tensor) -> Tensor:
-    centered = features_ND - features_ND.mean(dim=0) if len(features_ND) > NUM_IMAGES else features_ND
-    return torch.nn.functional.normalize(centered, dim=1)
 
 
 def draw_run(run: str, output_dir: str | None = None) -> list[Path]:
