@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
     given |= dict(zip(options[::2], options[1::2], strict=True))
     command = ["train", "mae", *(word for pair in given.items() for word in pair)]
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
          "-m", "hf_ssl.cli.main", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -33,7 +34,7 @@ def start(folder: Path, *options: str) -> "subprocess.Popen[str]":
 @pytest.mark.slow
 def test_two_processes_leave_one_run(tmp_path: Path):
     process = start(tmp_path, "--per_device_train_batch_size", "2")
-    output = process.communicate(timeout=150)[0]
+    output = process.communicate(timeout=80)[0]
     assert process.returncode == 0, output
     assert "(2 per device x 2 x 2 accumulated)" in output
     assert output.count("step 4/4  loss") == 1 and output.count("points against the best of") == 1
@@ -46,13 +47,16 @@ def test_two_processes_leave_one_run(tmp_path: Path):
 def test_ctrl_c_stops_two_processes_after_the_same_step(tmp_path: Path):
     options = ("--max_steps", "2000", "--save_steps", "2000", "--eval_steps", "2000", "--logging_steps", "1")
     process = start(tmp_path, "--per_device_train_batch_size", "4", *options)
+    deadline = threading.Timer(80, os.killpg, (process.pid, signal.SIGKILL))
+    deadline.start()
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
         lines.append(line)
         if line.startswith("step 3/"):
             os.kill(process.pid, signal.SIGINT)  # torchrun hands it on
-    process.wait(timeout=60)
+    process.wait()
+    deadline.cancel()
     output = "".join(lines)
     found = re.search(r"stopped at step (\d+) of 2000 with a checkpoint", output)
     assert found, output
