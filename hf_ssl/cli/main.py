@@ -61,7 +61,8 @@ def _configure_logging() -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     ours = logging.getLogger("hf_ssl")
     ours.handlers = [handler]
-    ours.setLevel(logging.INFO)
+    # Under torchrun every process runs this command; one of them tells what happens.
+    ours.setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
     ours.propagate = False
 
 

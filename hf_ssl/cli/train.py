@@ -27,6 +27,7 @@ def train(
     run = run_training(
         method, recipe=recipe, output_dir=output_dir, resume=resume, init_from=init_from, **keys
     )
+    _leave_processes()
     if not run.trainer.is_world_process_zero():
         return
     if run.scores is not None:
@@ -39,3 +40,11 @@ def train(
         f'          python -c "from transformers import AutoModel; '
         f"AutoModel.from_pretrained('{run.folder / 'encoder'}')\""
     )
+
+
+def _leave_processes() -> None:
+    """Without it an abort at exit can hide that all went well."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -25,7 +25,7 @@ def probe_sources(data: DataArguments) -> tuple[Any, Any] | None:
     splits = data.probe_splits or _train_and_test(dataset, data)
     if splits is None:
         return _held_out(dataset, data)
-    configs: list[str | None] = [*(data.probe_config_names or [data.config_name] * 2)]
+    configs = data.probe_config_names or (data.config_name, data.config_name)
     bank, query = (_open(dataset, data, split, config) for split, config in zip(splits, configs, strict=True))
     if bank.label_column is None or query.label_column is None:
         _require_labels_of_named_data(bank, data)

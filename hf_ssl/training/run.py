@@ -324,10 +324,14 @@ def _report_bad_images(trainer: SSLTrainer) -> None:
 def _final_scores(trainer: SSLTrainer) -> Scores | None:
     if not isinstance(trainer.probe, OnlineProbe):
         return None
-    last = next((entry for entry in reversed(trainer.state.log_history) if "eval_knn" in entry), None)
-    if trainer.probe.scores is None or last is None or last["step"] != trainer.state.global_step:
+    probe = trainer.probe
+    entries = (entry for entry in reversed(trainer.state.log_history) if "eval_knn" in entry)
+    is_scored = next(entries, {}).get("step") == trainer.state.global_step
+    # Only the first process has scores, and all must agree on another evaluation.
+    has_table = trainer.on_first_process(lambda: {"scores": float(probe.scores is not None)})["scores"]
+    if not (is_scored and has_table):
         trainer.evaluate()
-    return trainer.probe.scores
+    return probe.scores
 
 
 def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> str:

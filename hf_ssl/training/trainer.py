@@ -187,7 +187,7 @@ class SSLTrainer(Trainer):
             )
         return max(self.loader.batches_per_epoch // args.gradient_accumulation_steps, 1)
 
-    def get_train_dataloader(self) -> TrainLoader:
+    def get_train_dataloader(self) -> TrainLoader:  # type: ignore[override]
         """The loader, positioned behind the steps that a resumed run has done."""
         self.loader = self._build_loader(self.args, self._resume_step * self.args.gradient_accumulation_steps)
         return self.loader

@@ -1,6 +1,7 @@
 """Two processes train like one on the merged batch."""
 
 import functools
+import os
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ from tests.distributed import run_processes
 
 def losses_of_training(method: str, batch_size: int, folder: str) -> tuple[list[float], dict[str, Any]]:
     """Loss of every step and the final weights, on the same images whatever the number of processes."""
+    if "RANK" in os.environ:  # as torchrun does; without it accelerate sees one process
+        os.environ["LOCAL_RANK"] = os.environ["RANK"]
     from hf_ssl.modeling import METHODS
     from hf_ssl.training.arguments import SSLTrainingArguments
     from hf_ssl.training.trainer import SSLTrainer
@@ -37,6 +40,7 @@ def losses_of_training(method: str, batch_size: int, folder: str) -> tuple[list[
         train_dataset=make_source(64),
         processing_class=METHODS[row.method].processor_class.for_image_size(row.image_size),
     )
+    assert args.gradient_accumulation_steps == 1 and args.world_size == 16 // batch_size
     rank, world_size = args.process_index, args.world_size
     batches = functools.partial(FixedBatches, row.image_size, row.num_views, batch_size, rank, world_size)
     trainer.get_train_dataloader = batches  # type: ignore
