@@ -32,6 +32,18 @@ def checkpoints(run: Path) -> list[Path]:
     return [folder for _, folder in sorted(numbered)]
 
 
+def last_checkpoint(run: Path) -> Path:
+    """The whole checkpoint with the most steps.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    whole = checkpoints(run)
+    if not whole:
+        raise CheckpointError(f"no checkpoint to resume from in '{run}'")
+    return whole[-1]
+
+
 def step_of(checkpoint: Path) -> int:
     """Optimizer steps done in a checkpoint.
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
 
@@ -33,9 +33,8 @@ from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.checkpoints import (
     STATE_FILE,
-    CheckpointError,
     check_tensors,
-    checkpoints,
+    last_checkpoint,
     removed_unless_whole,
     step_of,
 )
@@ -44,37 +43,11 @@ from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normal
 from hf_ssl.training.optimizers import build_optimizer
 from hf_ssl.training.progress import ReadableLog
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
+from hf_ssl.training.step_protocol import StepProtocol
 
 __all__ = ["SSLTrainer", "TrainingDiverged"]
 
 logger = logging.getLogger(__name__)
-
-
-class _StepProtocol(TrainerCallback):
-    """Calls the model's step protocol at its places in Trainer's loop."""
-
-    def __init__(self, trainer: "SSLTrainer") -> None:
-        self.trainer = trainer
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        state.compute_steps(args, state.max_steps)  # a resumed state has those of the earlier call
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.start_step(state.global_step)
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.trainer.finish_step(state.global_step)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        state.epoch = self.trainer.epoch_at(state.global_step)
 
 
 class SSLTrainer(Trainer):
@@ -140,7 +113,7 @@ class SSLTrainer(Trainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
-        self.add_callback(_StepProtocol(self))
+        self.add_callback(StepProtocol(self))
 
     @staticmethod
     def _check_batch(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
@@ -409,20 +382,13 @@ class SSLTrainer(Trainer):
         """
         self._resume_step = 0
         if resume_from_checkpoint:
-            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+            run = Path(str(self.args.output_dir))
+            folder = last_checkpoint(run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
             self._resume_step = step_of(folder)
             if self._resume_step >= self.args.max_steps:  # Trainer would train one step more
                 return self._load_finished(folder)
             resume_from_checkpoint = str(folder)
         return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _checkpoint_to_resume(self, wanted: str | bool) -> Path:
-        if wanted is not True:
-            return Path(str(wanted))
-        whole = checkpoints(Path(str(self.args.output_dir)))
-        if not whole:
-            raise CheckpointError(f"no checkpoint to resume from in '{self.args.output_dir}'")
-        return whole[-1]
 
     def _load_finished(self, folder: Path) -> TrainOutput:
         self._load_from_checkpoint(str(folder))

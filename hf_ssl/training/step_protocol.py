@@ -1,0 +1,42 @@
+"""Where in Trainer's loop the parts of a step run; `trainer.py` says in which order."""
+
+from typing import Any, Protocol
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class HasSteps(Protocol):
+    """What the callback needs of `SSLTrainer`."""
+
+    def start_step(self, step: int) -> None: ...
+
+    def finish_step(self, step: int) -> None: ...
+
+    def epoch_at(self, step: int) -> float: ...
+
+
+class StepProtocol(TrainerCallback):
+    """Calls the model's step protocol at its places in Trainer's loop."""
+
+    def __init__(self, trainer: HasSteps) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.compute_steps(args, state.max_steps)  # a resumed state has those of the earlier call
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.start_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.finish_step(state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        state.epoch = self.trainer.epoch_at(state.global_step)
