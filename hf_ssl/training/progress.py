@@ -4,8 +4,8 @@ import logging
 import sys
 from typing import Any
 
-from transformers import TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import ProgressCallback
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -13,24 +13,35 @@ SHORT_NAMES = {"learning_rate": "lr", "grad_norm": "grad"}
 HIDDEN = {"epoch", "total_flos", "step", "train_loss", "train_steps_per_second"}
 
 
-class ReadableLog(ProgressCallback):
-    """Trainer's progress bar on a terminal; log entries as lines for people everywhere."""
+class ReadableLog(TrainerCallback):
+    """A progress bar on a terminal; log entries as lines for people everywhere."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Show the bar where somebody looks."""
-        self.current_step = state.global_step
-        if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=state.max_steps, initial=state.global_step, unit="step", leave=False, dynamic_ncols=True
+            )
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Move the bar."""
-        if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Take the bar away."""
-        if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def on_log(
         self,
@@ -40,14 +51,14 @@ class ReadableLog(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """One line."""
+        """One line, above the bar."""
         if not state.is_world_process_zero or not logs:
             return
-        if self.training_bar is not None:
-            self.training_bar.clear()
+        if self._bar is not None:
+            self._bar.clear()
         logger.info(format_entry(logs, state.global_step, state.max_steps))
-        if self.training_bar is not None:
-            self.training_bar.refresh()
+        if self._bar is not None:
+            self._bar.refresh()
 
 
 def format_entry(logs: dict[str, Any], step: int, max_steps: int) -> str:

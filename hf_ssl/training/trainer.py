@@ -228,7 +228,6 @@ class SSLTrainer(Trainer):
             self._guard.check_losses(step + 1)
         with torch.no_grad():
             self.model.end_step(self._updates)
-        self._updates = []
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
         if self.args.clip_mode == "global":

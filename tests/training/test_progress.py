@@ -1,8 +1,12 @@
 """Lines of the log: short, in per cent, scores beside their floors."""
 
-import pytest
+import io
+import sys
 
-from hf_ssl.training.progress import format_entry, format_scores
+import pytest
+from transformers import TrainerState
+
+from hf_ssl.training.progress import ReadableLog, format_entry, format_scores
 
 
 def test_a_step():
@@ -31,3 +35,17 @@ def test_scores_stand_beside_their_floors():
 def test_the_end(seconds: float, text: str):
     logs = {"train_runtime": seconds, "train_samples_per_second": 1234.5, "train_loss": 0.5}
     assert format_entry(logs, 9, 9) == f"step 9/9  {text}, 1234 images/s, mean loss 0.500"
+
+
+def test_a_terminal_gets_a_bar_and_a_file_does_not(monkeypatch: pytest.MonkeyPatch):
+    for is_terminal in (True, False):
+        screen = io.StringIO()
+        monkeypatch.setattr(screen, "isatty", lambda answer=is_terminal: answer)
+        monkeypatch.setattr(sys, "stderr", screen)
+        log, state = ReadableLog(), TrainerState(max_steps=10, global_step=4, is_world_process_zero=True)
+        log.on_train_begin(None, state, None)  # type: ignore[arg-type]
+        state.global_step = 7
+        log.on_step_end(None, state, None)  # type: ignore[arg-type]
+        log.on_log(None, state, None, {"loss": 1.0})  # type: ignore[arg-type]
+        log.on_train_end(None, state, None)  # type: ignore[arg-type]
+        assert ("7/10" in screen.getvalue()) is is_terminal

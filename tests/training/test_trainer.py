@@ -187,6 +187,7 @@ def test_clipping_bounds_what_its_mode_names(make_trainer: MakeTrainer, mode: st
 
 def test_optimizer_has_the_groups_of_the_model_and_no_teacher(make_trainer: MakeTrainer):
     trainer = make_trainer(weight_decay=0.1, optimizer="lars")
+    trainer.model.requires_grad_(True)  # as from_pretrained leaves it
     decayed, plain = trainer.create_optimizer().param_groups
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0)
     assert (decayed["exclude_from_adaptation"], plain["exclude_from_adaptation"]) == (False, True)
