@@ -1,6 +1,6 @@
 """`hf-ssl train`: pre-train an encoder from a recipe."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,7 +23,10 @@ def train(
     from hf_ssl.training.run import train as run_training
 
     quiet_libraries()
-    keys = parse_keys(context.args)
+    keys: dict[str, Any] = dict(parse_keys(context.args))
+    if method is not None and "method" in keys:
+        raise ValueError(f"the method is given twice: {method} and --method {keys['method']}")
+    method = keys.pop("method", method)
     run = run_training(
         method, recipe=recipe, output_dir=output_dir, resume=resume, init_from=init_from, **keys
     )

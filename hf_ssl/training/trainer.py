@@ -298,7 +298,7 @@ class SSLTrainer(Trainer):
             self.model.set_attn_implementation("eager")
         if isinstance(self.model.published_branch().backbone, SSLTimmBackbone):
             # 1.1 times as fast in wide ResNets, 1.5 times in narrow ones; 4-D tensors only.
-            self.model.to(memory_format=torch.channels_last)
+            self.model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]
 
     # Evaluation, log, checkpoints
 
