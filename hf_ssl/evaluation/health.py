@@ -1,5 +1,7 @@
 """Numbers that tell spread features from collapsed ones; none needs labels.
 
+One more, `std_of_normalized`, is logged while training and lies in `hf_ssl.modeling.shared.pretraining`.
+
 Sources: effective rank Roy & Vetterli 2007; RankMe arXiv 2210.02885; alignment and uniformity
 arXiv 2005.10242 (Eq. 1 and 2 with alpha = t = 2).
 Shape suffixes in this file: N = images, D = width.
@@ -35,14 +37,6 @@ def rankme(features_ND: Tensor) -> float:
     singular = torch.linalg.svdvals(_at_least_float32(features_ND))
     share = singular / singular.sum().clamp_min(torch.finfo(singular.dtype).tiny)
     return (-(share * (share + 1e-7).log()).sum()).exp().item()
-
-
-def std_of_normalized(features_ND: Tensor) -> float:
-    """Standard deviation of each dimension of the unit-length features, averaged.
-
-    1 / sqrt(D) when the features are spread over the sphere, 0 when collapsed.
-    """
-    return F.normalize(_at_least_float32(features_ND), dim=1).std(dim=0).mean().item()
 
 
 def alignment(first_ND: Tensor, second_ND: Tensor) -> float:

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone, build_backbone
 from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
 from hf_ssl.modeling.shared.initialization import initialize_module
-from hf_ssl.modeling.shared.losses import full_precision
+from hf_ssl.modeling.shared.losses import full_precision, normalize
 from hf_ssl.modeling.shared.outputs import SSLOutput
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     config: SSLConfig
     base_model_prefix = "student"  # the published branch
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ("image",)  # type: ignore[assignment]
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False  # Trainer must divide the loss by the number of micro-batches itself
     _no_split_modules = ["SSLViTLayer"]
@@ -51,9 +51,11 @@ class SSLPreTrainedModel(PreTrainedModel):
             if isinstance(getattr(module, "config", None), SSLViTConfig):
                 module.config._attn_implementation = self.config._attn_implementation  # type: ignore[union-attr]
 
-    def set_attn_implementation(self, attn_implementation: str, **kwargs: Any) -> None:
+    def set_attn_implementation(
+        self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
+    ) -> None:
         """Choose eager, sdpa or flash attention for all branches."""
-        super().set_attn_implementation(attn_implementation, **kwargs)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
         self._share_attention_implementation()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -69,7 +71,8 @@ class SSLPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """Load as transformers does, then freeze what the method freezes."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         model._after_loading(info)
         model.freeze_targets()
         return (model, info) if wants_info else model
@@ -95,7 +98,7 @@ class SSLModel(SSLPreTrainedModel):
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
-        self.backbone = build_backbone(config.backbone_config)  # type: ignore[arg-type]
+        self.backbone = build_backbone(config.backbone_config)
         self.post_init()
         self.freeze_targets()
 
@@ -153,7 +156,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
     def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
         """See all micro-batches of the step, to make targets that couple them."""
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> SSLOutput:
+    def forward(self, pixel_values: Tensor, row_index: Tensor | None = None) -> SSLOutput:
         """Loss of one micro-batch; changes no state but BatchNorm's running statistics."""
         raise TypeError(f"{type(self).__name__} must define forward")
 
@@ -176,7 +179,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     def published_branch(self) -> nn.Module:
         """The branch whose backbone is the encoder."""
-        return getattr(self, self.base_model_prefix)  # type: ignore[no-any-return]
+        return getattr(self, self.base_model_prefix)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named parameters that receive gradients."""
@@ -353,6 +356,8 @@ def join_views(pixel_values: Tensor, num_views: int) -> Tensor:
 
 @torch.no_grad()
 def std_of_normalized(embeddings_BD: Tensor) -> Tensor:
-    """Standard deviation over the batch of unit vectors, mean over dimensions; 1/sqrt(D) when well spread."""
-    unit_BD = nn.functional.normalize(embeddings_BD.detach().float(), dim=1)
-    return unit_BD.std(dim=0).mean()
+    """Standard deviation over the batch of unit vectors, mean over dimensions.
+
+    1/sqrt(D) when spread over the sphere, 0 when collapsed.
+    """
+    return normalize(embeddings_BD.detach()).std(dim=0).mean()
