@@ -13,7 +13,7 @@ import logging
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -38,6 +38,7 @@ _REPORT = "report"  # what a worker tells the main process with a batch
 Batch = dict[str, Any]
 Image = NDArray[np.uint8]
 Seed = tuple[int, int, int]  # of a sample's views: the run's seed, epoch, sample id
+ViewOfImages = Tensor | tuple[Tensor, ...]  # one view of all images of a batch
 
 
 class MakesViews(Protocol):
@@ -229,7 +230,7 @@ class BatchMaker:
             batch["text"] = texts
         return batch, bad
 
-    def _make_views(self, images: list[Image | list[Tensor]], seeds: list[Seed]) -> list[Sequence[Tensor]]:
+    def _make_views(self, images: list[Image | list[Tensor]], seeds: list[Seed]) -> list[ViewOfImages]:
         """Views by number, each one tensor per image; small images of one size are made together."""
         pictures = [image for image in images if not isinstance(image, list)]
         if len(pictures) == len(images):
@@ -240,7 +241,7 @@ class BatchMaker:
         ]
         return list(zip(*views, strict=True))
 
-    def _stack(self, views: list[Sequence[Tensor]]) -> Batch:
+    def _stack(self, views: list[ViewOfImages]) -> Batch:
         """Views as (B, V, C, H, W), in memory (V, B, C, H, W)."""
         batch: Batch = {}
         for key, numbers in self._views.items():

@@ -38,7 +38,7 @@ class MAEDecoder(nn.Module):
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__()
-        encoder: SSLViTConfig = config.backbone_config  # type: ignore[assignment]
+        encoder = config.encoder_config
         width = config.decoder_hidden_size
         self.grid_size = encoder.grid_size
         self.num_prefix_tokens = encoder.num_prefix_tokens
@@ -110,6 +110,7 @@ class MAEForPreTraining(SSLForPreTraining):
     """Encoder, decoder and the reconstruction loss."""
 
     config_class = MAEConfig
+    student: MAEBranch
 
     def __init__(self, config: MAEConfig) -> None:
         super().__init__(config)
@@ -132,7 +133,7 @@ class MAEForPreTraining(SSLForPreTraining):
         self._noise_of_step = noise.to(pixel_values.device)
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        patch_size = self.config.backbone_config.patch_size
+        patch_size = self.config.encoder_config.patch_size
         return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
     def forward(
@@ -162,7 +163,7 @@ class MAEForPreTraining(SSLForPreTraining):
         kept_index_BM, restore_index_BN, is_masked_BN = random_masking(noise_BN, num_kept)
         tokens = self.student.backbone(pixel_values, kept_index=kept_index_BM).last_hidden_state
         predictions_BNP = self.student.head(tokens, restore_index_BN, self._grid(pixel_values))
-        targets_BNP = patchify(pixel_values, self.config.backbone_config.patch_size)
+        targets_BNP = patchify(pixel_values, self.config.encoder_config.patch_size)
         if self.config.normalize_targets:
             targets_BNP = normalize_patches(targets_BNP)
         return SSLOutput(
@@ -200,6 +201,6 @@ class MAEForPreTraining(SSLForPreTraining):
 
     def expectations(self) -> dict[str, float]:
         """Loss of a fresh decoder (Xavier start), and of predicting the mean of normalised patches."""
-        pixels = self.config.backbone_config.num_channels * self.config.backbone_config.patch_size**2
+        pixels = self.config.encoder_config.num_channels * self.config.encoder_config.patch_size**2
         width = self.config.decoder_hidden_size
         return {"loss_at_start": 1 + 2 * width / (width + pixels), "loss_of_constant": 1.0}

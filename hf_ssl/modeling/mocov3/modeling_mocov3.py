@@ -67,7 +67,7 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
             backbone.hidden_size,
             config.projection_hidden_size,
             config.projection_size,
-            num_layers=config.num_projection_layers,
+            num_layers=config.num_projection_layers,  # type: ignore[arg-type]
             hidden_norm=True,
             last_norm="plain",
             bias=False,
@@ -112,14 +112,14 @@ class MoCoV3ForPreTraining(SSLForPreTraining):
         predictions, features = [], []
         for view in split_views(pixel_values, num_views=2):
             features_BD, projections_Bd = self.student(view)
-            predictions.append(self.student.predictor(projections_Bd))
+            predictions.append(self.student.predictor(projections_Bd))  # type: ignore[operator]
             features.append(features_BD.detach())
-        loss = sum(
+        first, second = (
             paired_contrastive_loss(prediction_Bd, key_Nd, row_index, self.config.temperature)
             for prediction_Bd, key_Nd in zip(predictions, reversed(keys), strict=True)
         )
         return SSLOutput(
-            loss=loss,
+            loss=first + second,
             parts={"projection_std": std_of_normalized(predictions[0])},
             features=torch.cat(features),
             projections=torch.cat(predictions).detach(),

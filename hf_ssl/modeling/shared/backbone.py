@@ -5,6 +5,7 @@ because only theirs can be exported to stock timm.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class SSLTimmBackbone(nn.Module):
         self.config = config
         self.network = _create_timm_model(config)
         # Not `num_features`: networks that widen after their pooling give more than the map has.
-        self.hidden_size = int(self.network.head_hidden_size)
+        self.hidden_size = int(self.network.head_hidden_size)  # type: ignore[arg-type]
         if not next(self.network.parameters()).is_meta:
             # timm has initialised it as the architecture wants; `_init_weights` must not do it again.
             for module in self.network.modules():
@@ -106,8 +107,8 @@ def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
     network.maxpool = nn.Identity()
 
 
-def build_backbone(config: PreTrainedConfig) -> SSLViTBackbone | SSLTimmBackbone:
-    """Build the backbone that a `backbone_config` describes."""
+def build_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> SSLViTBackbone | SSLTimmBackbone:
+    """Build the backbone that the `backbone_config` of a finished config describes."""
     if isinstance(config, SSLViTConfig):
         return SSLViTBackbone(config)
     if isinstance(config, SSLTimmConfig):

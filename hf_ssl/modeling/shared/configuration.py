@@ -7,7 +7,7 @@ would store a misspelt one without a word.
 
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -174,7 +174,8 @@ def resolve_backbone_config(backbone: dict[str, Any] | PreTrainedConfig) -> PreT
 class SSLConfig(PreTrainedConfig):
     """Base of every method's config: a backbone and the refusal of unknown fields."""
 
-    default_backbone = {"model_type": "hf_ssl_vit"}  # the paper's main backbone; overridden by methods
+    # The paper's main backbone; overridden by methods.
+    default_backbone: ClassVar[dict[str, Any]] = {"model_type": "hf_ssl_vit"}
 
     backbone_config: dict[str, Any] | PreTrainedConfig | None = None
 

@@ -8,8 +8,9 @@ pipeline from them.
 from typing import Any
 
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 # At 64 px and below, images are resized whole: a crop would lose what little there is.
 SMALLEST_CROPPED_SIDE = 65

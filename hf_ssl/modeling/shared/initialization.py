@@ -9,7 +9,7 @@ Linear and Conv layers start as torch starts them and norms at 1 and 0.
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 
@@ -17,14 +17,14 @@ def set_weight_initialization(module: nn.Module, rule: str) -> None:
     """Let every Linear and Conv2d under `module` start by the named rule."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.weight_initialization = rule
+            layer.weight_initialization = rule  # type: ignore[assignment]
 
 
 @torch.no_grad()
 def initialize_module(module: nn.Module) -> None:
     """Initialise the tensors that `module` itself holds; tensors loaded from a checkpoint are left alone."""
     if hasattr(module, "initialize_parameters"):
-        module.initialize_parameters()
+        module.initialize_parameters()  # type: ignore[operator]
     elif isinstance(module, nn.Linear | nn.Conv2d):
         _initialize_linear(module, getattr(module, "weight_initialization", "torch"))
     elif isinstance(module, nn.LayerNorm) or hasattr(module, "running_mean"):
@@ -55,12 +55,11 @@ def _initialize_linear(layer: nn.Linear | nn.Conv2d, rule: str) -> None:
 
 
 def _initialize_norm(norm: nn.Module) -> None:
-    if getattr(norm, "weight", None) is not None:
-        init.ones_(norm.weight)
-    if getattr(norm, "bias", None) is not None:
-        init.zeros_(norm.bias)
-    if getattr(norm, "running_mean", None) is not None:
-        init.zeros_(norm.running_mean)
-        init.ones_(norm.running_var)
-        if getattr(norm, "num_batches_tracked", None) is not None:
-            init.zeros_(norm.num_batches_tracked)
+    for start, names in (
+        (init.ones_, ("weight", "running_var")),
+        (init.zeros_, ("bias", "running_mean", "num_batches_tracked")),
+    ):
+        for name in names:
+            tensor = getattr(norm, name, None)
+            if isinstance(tensor, Tensor):
+                start(tensor)

@@ -229,7 +229,7 @@ class SSLViTLayerScale(nn.Module):
 
     def initialize_parameters(self) -> None:
         """Start at the configured value."""
-        init.constant_(self.lambda1, self.start)
+        init.constant_(self.lambda1, self.start)  # type: ignore[arg-type]
 
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Tokens of the same shape."""
