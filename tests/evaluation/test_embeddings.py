@@ -4,11 +4,12 @@ import pytest
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTImageProcessor, ViTModel
 
 from hf_ssl.evaluation.embeddings import embed
 from hf_ssl.evaluation.features import extract_features
 from hf_ssl.evaluation.images import read_batches
+from tests.evaluation.tiny import tiny_vit
 
 SETTINGS = {"batch_size": 2, "batches_per_part": 2}
 
@@ -20,16 +21,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=8,
-        image_size=8,
-        patch_size=4,
-    )
-    return ViTModel(config, add_pooling_layer=False)
+    return tiny_vit(image_size=8)
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +125,7 @@ def test_datasets_reads_the_file(encoder, processor, rows, tmp_path):
 
     output = embed(encoder, processor, rows, tmp_path / "all.parquet", "grid2", **SETTINGS)
     dataset = Dataset.from_parquet(str(output), cache_dir=str(tmp_path / "cache"))
-    assert len(dataset) == 11 and len(dataset[0]["features"]) == 32
+    assert len(dataset) == 11 and len(dataset[0]["features"]) == 4 * 16
 
 
 def test_source_without_images_is_refused(encoder, processor, tmp_path):

@@ -5,9 +5,10 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import TimmWrapperConfig, TimmWrapperModel, ViTConfig, ViTModel
+from transformers import TimmWrapperConfig, TimmWrapperModel
 
 from hf_ssl.evaluation.features import default_pools, evaluating, extract_features, pool_tokens
+from tests.evaluation.tiny import tiny_vit
 
 
 class SmallCNN(nn.Module):
@@ -25,16 +26,7 @@ class SmallCNN(nn.Module):
 
 @pytest.fixture(scope="module")
 def vit():
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=4,
-    )
-    return ViTModel(config, add_pooling_layer=False)
+    return tiny_vit()
 
 
 def tokens(num_prefix_tokens=1):

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageClassification, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTModel
 
 from hf_ssl.evaluation.fine_tune import LabelledImages, accuracy_metrics, fine_tune
+from tests.evaluation.tiny import tiny_vit
 
 
 def colored(num_rows, seed=0):
@@ -21,17 +22,8 @@ def colored(num_rows, seed=0):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A landed encoder, as an export leaves it."""
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("encoder")
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=8,
-        patch_size=4,
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(path)
+    tiny_vit(image_size=8).save_pretrained(path)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(path)
     return path
 

@@ -3,10 +3,11 @@ import json
 import pytest
 import torch
 from PIL import Image
-from transformers import ViTConfig, ViTImageProcessor, ViTModel
+from transformers import ViTImageProcessor
 
 from hf_ssl.evaluation.images import read_batches
 from hf_ssl.evaluation.protocol import ScoreRow, Scores, evaluate_encoder
+from tests.evaluation.tiny import tiny_vit
 
 
 @pytest.fixture(scope="module")
@@ -16,16 +17,7 @@ def processor():
 
 @pytest.fixture(scope="module")
 def encoder():
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        image_size=16,
-        patch_size=4,
-    )
-    return ViTModel(config, add_pooling_layer=False).train()
+    return tiny_vit().train()
 
 
 def colored(num_rows, seed=0, labelled=True):
