@@ -68,6 +68,17 @@ def test_learning_rate_scales_with_the_batch(power: float, rate: float):
     assert args.learning_rate == pytest.approx(rate)
 
 
+def test_learning_rate_counts_the_images_of_all_processes_and_micro_batches():
+    """Mistake 24: the batch of one device would divide the rate by their number."""
+    args = TwoProcesses(
+        output_dir="unused",
+        base_learning_rate=0.3,
+        per_device_train_batch_size=16,
+        gradient_accumulation_steps=4,
+    )
+    assert args.learning_rate == pytest.approx(0.3 * 128 / 256)
+
+
 def test_sharding_on_a_cpu_is_refused():
     if torch.accelerator.is_available():
         pytest.skip("there is an accelerator here")
@@ -76,6 +87,8 @@ def test_sharding_on_a_cpu_is_refused():
 
 
 def test_defaults_are_not_those_of_fine_tuning(tmp_path: Path):
+    """Mistake 53: transformers clips at 1, lowers the rate linearly and decays the scale of norms."""
     args = arguments()
     assert (args.max_grad_norm, args.remove_unused_columns, args.logging_nan_inf_filter) == (0, False, False)
     assert args.ignore_data_skip
+    assert (args.learning_rate_schedule, args.decay_norms_and_biases) == ("cosine", False)

@@ -40,6 +40,26 @@ def test_a_saved_recipe_means_the_same(name: str, tmp_path: Path):
     ).to_dict() | {"logging_dir": 0}
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "decays_norms"),
+    [
+        ("simclr", 4.8, False),
+        ("moco", 0.03, True),
+        ("moco_v1", 0.03, True),
+        ("mocov3", 2.4e-3, True),
+        ("mocov3_resnet50", 9.6, False),
+        ("mae", 2.4e-3, False),
+    ],
+)
+def test_published_recipes_have_the_published_rate_and_groups(
+    name: str, rate: float, decays_norms: bool, tmp_path: Path
+):
+    """Mistakes 24 and 53: the rate follows from images and not from views, and nothing is clipped."""
+    args = training_arguments(load_recipe(name), str(tmp_path))
+    assert args.learning_rate == pytest.approx(rate)
+    assert (args.decay_norms_and_biases, args.max_grad_norm) == (decays_norms, 0)
+
+
 def test_every_method_has_a_tiny_recipe():
     assert {f"{method}_tiny" for method in METHODS} <= set(recipe_names())
 

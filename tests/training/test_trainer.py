@@ -135,9 +135,17 @@ def test_bytes_become_what_the_processor_makes_of_them():
 # Optimizer and schedules
 
 
-def test_rates_and_decays_of_every_step(make_trainer: MakeTrainer):
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_rates_and_decays_of_every_step(make_trainer: MakeTrainer, accumulation: int):
+    """Mistake 25: schedules run by optimizer steps, not by epochs or micro-batches."""
     trainer = make_trainer(
-        "mae", max_steps=6, warmup_steps=2, learning_rate=1.0e-3, weight_decay=0.1, weight_decay_end=0.3
+        "mae",
+        max_steps=6,
+        warmup_steps=2,
+        learning_rate=1.0e-3,
+        weight_decay=0.1,
+        weight_decay_end=0.3,
+        gradient_accumulation_steps=accumulation,
     )
     rates: list[float] = []
     decays: list[list[float]] = []
