@@ -185,3 +185,10 @@ def test_known_keys_are_those_that_override_takes():
             assert keys, section
     assert "temperature" in known_keys("simclr")["model"]
     assert "patch_size" in known_keys("mae")["backbone"]
+
+
+def test_views_follow_an_overridden_image_size():
+    recipe = override(load_recipe("simclr_small"), {"image_size": 96, "small_stem_stride": 0})
+    config = recipe.config()
+    processor = METHODS["simclr"].processor_class.for_image_size(config.image_size, **recipe.processor)
+    assert [view["size"] for view in processor.views] == [96]

@@ -48,7 +48,8 @@ class SSLImageProcessor(TorchvisionBackend):
 
         Args:
             image_size: side in pixels. Above 64 the test image is resized to 256/224 of it and cropped.
-            **overrides: any processor argument, e.g. `image_mean` or `views`.
+            **overrides: any processor argument, e.g. `image_mean` or `views`; views that name no size get
+                `image_size`.
         """
         geometry: dict[str, Any] = {"size": {"height": image_size, "width": image_size}}
         if image_size >= SMALLEST_CROPPED_SIDE:
@@ -57,7 +58,9 @@ class SSLImageProcessor(TorchvisionBackend):
                 "do_center_crop": True,
                 "crop_size": {"height": image_size, "width": image_size},
             }
-        return cls(**{"views": cls.default_views(image_size), **geometry, **overrides})
+        views = overrides.pop("views", None) or cls.default_views(image_size)
+        sized = [{"size": image_size, **spec} for spec in views]
+        return cls(**{"views": sized, **geometry, **overrides})
 
 
 def crop(scale: tuple[float, float], interpolation: str) -> dict[str, Any]:
