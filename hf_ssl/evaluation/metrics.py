@@ -29,11 +29,3 @@ def top_k_accuracy(scores_NC: Tensor, labels_N: Tensor, k: int = 1) -> float:
     # A stable sort, not topk: kNN scores are full of zeros, and which of them is named must not vary.
     best_Nk = scores_NC.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return (best_Nk == labels_N[:, None]).any(dim=1).double().mean().item()
-
-
-def mean_class_accuracy(scores_NC: Tensor, labels_N: Tensor) -> float:
-    """Top-1 accuracy of each class that occurs in `labels_N`, averaged over those classes."""
-    present = torch.unique(labels_N).tolist()
-    return sum(top_k_accuracy(scores_NC[labels_N == c], labels_N[labels_N == c]) for c in present) / len(
-        present
-    )
