@@ -3,7 +3,6 @@
 Shape suffixes in this file: N = images, C = classes.
 """
 
-import torch
 from torch import Tensor
 
 
