@@ -87,7 +87,9 @@ class MoCo(nn.Module):
         self.momentum = config.teacher_momentum
         self.backbone = SSLTimmBackbone(config.backbone_config)
         width = self.backbone.hidden_size
-        self.projection_head = MoCoProjectionHead(width, width, config.projection_size)
+        self.projection_head = MoCoProjectionHead(
+            width, width, config.projection_size, batch_norm=config.normalize_projection
+        )
         self.backbone_momentum = copy.deepcopy(self.backbone)
         self.projection_head_momentum = copy.deepcopy(self.projection_head)
         utils.deactivate_requires_grad(self.backbone_momentum)

@@ -293,3 +293,10 @@ def test_v1_and_v2_views_differ_as_published():
     ]
     assert v1["transforms"][1]["hue"] == 0.4 and v1["transforms"][1]["probability"] == 1.0
     assert v2["transforms"][0]["hue"] == 0.1 and v2["transforms"][0]["probability"] == 0.8
+
+
+def test_hidden_layer_of_the_head_is_normalised_when_asked():
+    for wanted in (False, True):
+        model = BY_NAME["moco-v2"].build(normalize_projection=wanted)
+        for branch in (model.student, model.teacher):
+            assert any(isinstance(layer, nn.BatchNorm1d) for layer in branch.head.layers) == wanted

@@ -65,7 +65,7 @@ class MoCoForPreTraining(SSLForPreTraining):
             backbone.hidden_size,
             config.projection_size,
             num_layers=1 if config.projection_head == "linear" else 2,
-            hidden_norm=False,
+            hidden_norm=config.normalize_projection,
             last_norm="none",
             bias=True,
         )
