@@ -223,7 +223,8 @@ class LightlyRun:
         self.args = args
         self.model = MODELS[recipe.method](recipe.config())
         self.encoder = self.model.encoder
-        transform = build_transform(recipe.method, recipe.processor["views"][0])
+        view = {"size": recipe.config().image_size, **recipe.processor["views"][0]}
+        transform = build_transform(recipe.method, view)
         dataset = EncodedImages(open_images(recipe.data.dataset, split="train"), transform)
         self.loader = DataLoader(dataset, batch_size=args.global_batch_size, shuffle=True, drop_last=True)
         decayed, undecayed = utils.get_weight_decay_parameters(self.model.trained)
