@@ -201,6 +201,8 @@ def main() -> None:
     say(f"{len(missing)} of {len(pairs)} jobs to run, {arguments.jobs} at a time")
     Runner(arguments.jobs).run(missing)
     results = [json.loads(path.read_text(encoding="utf-8")) for _, path in pairs]
+    for result in results:
+        result["job"]["data"] = Path(arguments.data).name  # a path of this machine means nothing elsewhere
     facts = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "commit": git_commit(),
