@@ -16,7 +16,7 @@ class MoCoConfig(SSLConfig):
     default_backbone = {"model_type": "hf_ssl_timm", "architecture": "resnet50"}
 
     projection_head: str = "mlp"  # --mlp; v1: "linear"
-    normalize_projection: bool = False  # BatchNorm in the hidden layer, as later methods have; not in the paper
+    normalize_projection: bool = False  # BatchNorm in the hidden layer; not in the paper
     projection_size: int = 128  # --moco-dim
     queue_length: int = 65536  # --moco-k; a multiple of the global batch
     temperature: float | int = 0.2  # --moco-t, README for v2; v1: 0.07
