@@ -79,7 +79,7 @@ def open_images(
         if not files:
             raise DataError(f"no file matches {name}; give an existing file, folder or pattern")
         return _open_named(FILE_BUILDERS[suffix], name, {"train": files}, split, None, wanted, streaming)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "*" in name:
+    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "*" in name:
         raise DataError(
             f"no folder or file {name}; give an existing path or the name of a dataset on the Hub"
         )

@@ -254,6 +254,7 @@ def test_nothing_there_is_said_in_one_line(tmp_path: Path, numbered_rows: Rows, 
     two = numbered_rows(1).add_column("thumb", [{"bytes": b"", "path": None}], feature=datasets.Image())
     for dataset, options, message in (
         (tmp_path / "missing", {}, "no folder or file .*missing; give an existing path"),
+        ("missing/", {}, "no folder or file missing/; give an existing path"),
         (tmp_path / "x-*.parquet", {}, "no file matches .*x-.*parquet"),
         (tmp_path / "empty", {}, "holds no images, 0 other files"),
         (tmp_path / "images", {"split": "test"}, 'no split "test"; it has: train'),
