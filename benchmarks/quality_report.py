@@ -27,6 +27,7 @@ HEAD = [
     "random init linear",
     "pixels linear",
     "steps x batch",
+    "seeds ours, lightly",
     "core-minutes ours",
     "core-minutes lightly",
     "images/s ours : lightly",
@@ -76,6 +77,7 @@ def _table_row(
         cells += [of_runs(runs, "encoder", value) for runs in (ours, peer)]
         cells += [of_runs(ours, "random init", floor), percent_with_spread([max(map(floor, pixels))])]
     cells.append(f"{settings['steps']} x {settings['batch']}")
+    cells.append(f"{len(ours)}, {len(peer)}")
     cells += [_core_minutes(runs) for runs in (ours, peer)]
     cells.append(_speed_ratio(ours, peer))
     return cells
