@@ -1,4 +1,4 @@
-"""hf_ssl: pre-train, check, publish and use self-supervised vision encoders with the Hugging Face tools.
+"""hf_ssl: pre-train, check, export and use self-supervised vision encoders with the Hugging Face tools.
 
 Importing this is cheap. Public names load when first used, and every method is registered with transformers'
 Auto classes as soon as transformers is imported, whichever import comes first.

@@ -21,8 +21,12 @@ def evaluate(
     pool: Annotated[
         list[str] | None, typer.Option(help="pooler, class_token, mean or grid2; can be given several times.")
     ] = None,
-    probe: Annotated[str, typer.Option(help="lbfgs, sgd or none.")] = "lbfgs",
-    num_neighbors: Annotated[int, typer.Option("--num_neighbors", help="Of the kNN.")] = 20,
+    probe: Annotated[
+        str | None, typer.Option(help="lbfgs, sgd or none; else as the run.")
+    ] = None,
+    num_neighbors: Annotated[
+        int | None, typer.Option("--num_neighbors", help="Of the kNN; 20, or as the run has it.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="At most so many images of each split.")] = None,
     fine_tune: Annotated[
         float | None, typer.Option("--fine_tune", help="Also fine-tune for so many epochs.")
@@ -39,6 +43,10 @@ def evaluate(
     quiet_libraries()
     encoder, processor = load_encoder(model)
     if dataset is None:
+        if splits or config_name or image_column or label_column:
+            raise ValueError(
+                "splits, config_name and columns belong to a --dataset; name it, or leave them out"
+            )
         data = run_recipe(model).data
     else:
         data = DataArguments(
@@ -58,9 +66,9 @@ def evaluate(
         encoder,
         processor,
         *pair,
-        pools=pool or (data.probe_pools if dataset is None else None),
-        num_neighbors=num_neighbors if dataset is not None else data.probe_num_neighbors,
-        probe=probe if dataset is not None or data.probe_linear else "none",
+        pools=pool or data.probe_pools,
+        num_neighbors=data.probe_num_neighbors if num_neighbors is None else num_neighbors,
+        probe=probe or ("lbfgs" if data.probe_linear else "none"),
         train_limit=limit,
         test_limit=limit,
     )

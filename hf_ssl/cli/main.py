@@ -9,7 +9,7 @@ import typer
 from hf_ssl.cli import embed, evaluate, export, methods, show, train
 
 app = typer.Typer(
-    help="Pre-train, check, publish and use self-supervised vision encoders.",
+    help="Pre-train, check, export and use self-supervised vision encoders.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

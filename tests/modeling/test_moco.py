@@ -12,6 +12,7 @@ from hf_ssl.modeling.moco import MoCoConfig, MoCoForPreTraining, MoCoImageProces
 from hf_ssl.modeling.shared.distributed import convert_batchnorm
 from hf_ssl.modeling.shared.heads import MLPHead
 from hf_ssl.modeling.shared.pretraining import Branch
+from hf_ssl.training.recipes import load_recipe
 from tests.closeness import near
 from tests.modeling.tiny import BY_NAME, TINY_VIT, gradients, run_step
 
@@ -283,7 +284,7 @@ def test_published_encoder_is_the_student(tmp_path):
 
 
 def test_v1_and_v2_views_differ_as_published():
-    v1, v2 = MoCoImageProcessor.v1_views(224)[0], MoCoImageProcessor.default_views(224)[0]
+    v1, v2 = load_recipe("moco_v1").processor["views"][0], MoCoImageProcessor.default_views(224)[0]
     assert [step["type"] for step in v1["transforms"]] == ["grayscale", "color_jitter", "horizontal_flip"]
     assert [step["type"] for step in v2["transforms"]] == [
         "color_jitter",

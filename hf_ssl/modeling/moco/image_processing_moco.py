@@ -18,15 +18,9 @@ class MoCoImageProcessor(SSLImageProcessor):
 
     @classmethod
     def default_views(cls, image_size: int) -> list[dict[str, Any]]:
-        """v2 views (`--aug-plus`); no blur at 32 px, as in the authors' CIFAR-10 notebook."""
+        """v2 views (`--aug-plus`; v1's are in the recipe `moco_v1`); at 32 px no blur, as their notebook."""
         transforms = [color_jitter(0.4, 0.4, 0.4, 0.1, probability=0.8), grayscale()]
         if image_size > 32:
             transforms.append(blur(0.5))
         transforms.append(flip())
-        return [view(image_size, crop((0.2, 1.0), "bilinear"), transforms, count=2)]
-
-    @classmethod
-    def v1_views(cls, image_size: int) -> list[dict[str, Any]]:
-        """v1 views: greyscale first, stronger hue, no blur."""
-        transforms = [grayscale(), color_jitter(0.4, 0.4, 0.4, 0.4, probability=1.0), flip()]
         return [view(image_size, crop((0.2, 1.0), "bilinear"), transforms, count=2)]
