@@ -70,6 +70,17 @@ def test_evaluate_scores_a_run_on_its_own_probe_and_its_encoder_on_named_data(
     assert "encoder" in native.out and "pixels" in native.out
 
 
+def test_options_of_evaluate_hold_for_the_runs_own_probe(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
+    output = tmp_path / "scores.json"
+    done = cli("evaluate", str(tiny_run.folder), "--limit", "60", "--probe", "none",
+               "--num_neighbors", "3", "--output", str(output))  # fmt: skip
+    assert done.code == 0, done.err
+    protocol = json.loads(output.read_text())["protocol"]
+    assert (protocol["num_neighbors"], protocol["probe"]) == (3, "none")
+    refused = cli("evaluate", str(tiny_run.folder), "--label_column", "category")
+    assert refused.code == 2 and "belong to a --dataset" in refused.err
+
+
 def test_embed_continues_where_it_stopped(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
     file = tmp_path / "features.parquet"
     options = ("--dataset", "sample", "--output", str(file), "--limit", "50", "--batch_size", "16")
