@@ -196,8 +196,12 @@ def rotate(run: Path, limit: int | None, current: Path, best: Path | None) -> No
     kept = {current, best or current}
     folders = checkpoint_folders(run)
     old = sorted((folder for folder in folders if folder not in kept), key=lambda path: path.stat().st_mtime)
+    removed = run / PARTIAL_FOLDER
     for folder in old[: max(len(folders) - max(limit, len(kept)), 0)]:
-        shutil.rmtree(folder, ignore_errors=True)
+        # Renamed first: one that a killed run left half removed would be the newest by its time.
+        removed.mkdir(exist_ok=True)
+        folder.rename(removed / folder.name)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def write_failed(what: str, run: Path, error: BaseException) -> str:
