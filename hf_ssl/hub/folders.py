@@ -1,9 +1,12 @@
 """Folders that appear whole or not at all."""
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+
+MOVED_AWAY = ".old"  # ending of a folder that is being replaced
 
 
 def refuse_foreign_folder(folder: Path, own_files: Iterable[str], marker: str, overwrite: bool) -> None:
@@ -38,14 +41,26 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
         folder: the target; replaced if it exists.
         write: fills the empty folder it is given.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    with whole_folder(folder) as partial:
+        write(partial)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path, partial: Path | None = None) -> Iterator[Path]:
+    """Yield an empty folder to fill; after the body it is flushed and renamed, after an error removed.
+
+    Args:
+        folder: the target; replaced if it exists, left as it was by an error.
+        partial: the folder to fill, on the same file system; by default a hidden sibling.
+    """
     # Fixed names, so that what a killed process left is found: half a folder, or the earlier one moved away.
-    partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
-    _keep_one(folder, old)
+    partial = partial or folder.with_name(f".{folder.name}.partial")
+    old = folder.with_name(f".{folder.name}{MOVED_AWAY}")
+    keep_one(folder, old)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir()
-        write(partial)
+        partial.mkdir(parents=True)
+        yield partial
         for path in (*partial.rglob("*"), partial):
             _flush(path)
         if folder.exists():
@@ -54,10 +69,19 @@ def write_whole_folder(folder: Path, write: Callable[[Path], None]) -> None:
         _flush(folder.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        _keep_one(folder, old)
+        keep_one(folder, old)
 
 
-def _keep_one(folder: Path, old: Path) -> None:
+def write_whole_file(path: Path, text: str) -> None:
+    """Write a text file that is there whole or not at all; an earlier one stays until then."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    _flush(partial)
+    partial.replace(path)
+    _flush(path.parent)
+
+
+def keep_one(folder: Path, old: Path) -> None:
     """Remove the earlier folder if the new one is there, else bring it back."""
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)

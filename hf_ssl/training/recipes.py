@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import BACKBONE_CONFIGS, SSLConfig, resolve_backbone_config
 from hf_ssl.modeling.shared.names import unknown_name_message
@@ -124,7 +125,7 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write it."""
-        path.write_text(f"# {self.name}: all values that this run gave\n{self.to_yaml()}", encoding="utf-8")
+        write_whole_file(path, f"# {self.name}: all values that this run gave\n{self.to_yaml()}")
 
 
 def recipe_names() -> list[str]:
@@ -247,6 +248,21 @@ def _drop_rivals(training: dict[str, Any], values: dict[str, Any]) -> None:
         for new, old in ((first, second), (second, first)):
             if new in values:
                 training.pop(old, None)
+
+
+def changed_values(earlier: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:
+    """Plain names of the keys whose values differ, with the earlier and the new value."""
+    then, now = _by_place(earlier), _by_place(recipe)
+    places = [*then, *(place for place in now if place not in then)]
+    pairs = [(place[-1], then.get(place), now.get(place)) for place in places]
+    return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _by_place(recipe: Recipe) -> dict[tuple[str, str], Any]:
+    content = load_yaml(recipe.to_yaml())
+    sections = {name: dict(content[name]) for name in SECTIONS[3:]}
+    sections["backbone"] = sections["model"].pop("backbone_config", None) or {}
+    return {(name, key): value for name, section in sections.items() for key, value in section.items()}
 
 
 def nearest_key_message(key: str, known: Set[str], section: str = "") -> str:

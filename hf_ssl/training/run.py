@@ -5,7 +5,7 @@ import json
 import logging
 import shlex
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,33 @@ from transformers import set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
+from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.training.arguments import SSLTrainingArguments
-from hf_ssl.training.checkpoints import WRITE_ERRORS, CheckpointError, checkpoints, write_failed
+from hf_ssl.training.checkpoints import (
+    WRITE_ERRORS,
+    CheckpointError,
+    checkpoint_folders,
+    checkpoints,
+    write_failed,
+)
 from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.probes import OnlineProbe
+from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import format_scores
 from hf_ssl.training.recipes import (
     DataArguments,
     Recipe,
     RecipeError,
+    changed_values,
     check_method,
     load_recipe,
     override,
     training_arguments,
 )
+from hf_ssl.training.run_lock import LOCK_FILE, run_lock
 from hf_ssl.training.starting_points import build_model
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
@@ -39,8 +49,14 @@ from hf_ssl.training.trainer import SSLTrainer
 logger = logging.getLogger(__name__)
 
 RECIPE_FILE = "recipe.yaml"
+KILLED_AT_ONCE = {LOCK_FILE, f".{RECIPE_FILE}.partial"}  # all that a run leaves that had not begun
 FLOORS_FILE = "floors.json"  # measured once: a resumed run no longer has the encoder of step 0
 FINAL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin")
+# Keys of a recipe that change what a run says, keeps and costs, but no weight of it.
+WITHOUT_EFFECT_ON_TRAINING = (
+    *("probe_", "eval_", "logging_", "save_", "dataloader_", "hub_", "push_to_hub", "report_to", "run_name"),
+    *("metric_for_best_model", "greater_is_better", "max_bad_fraction", "disable_tqdm"),
+)
 SIGNIFICANT_MARGIN = 0.03  # about two standard errors at 2,000 test images
 
 
@@ -90,14 +106,16 @@ def train(
         method: name of a method; with nothing else its tiny recipe runs on the built-in sample.
         recipe: name or file of a recipe, or a `Recipe`.
         output_dir: folder of the run; by default a new one in `runs/`.
-        resume: folder of an interrupted run to continue; excludes all the above, and `init_from`.
+        resume: folder of an interrupted run to continue, or one of its checkpoints; excludes all the above,
+            and `init_from`.
         init_from: a pre-training checkpoint or an encoder to start from.
         **overrides: any key of the recipe by its plain name.
 
     Raises:
         RecipeError: method, recipe or key unknown, or a value that does not fit.
         DataError: images cannot be found or read.
-        CheckpointError: a checkpoint cannot be written, or not be continued from.
+        CheckpointError: a checkpoint cannot be written, or not be continued from, or another run writes into
+            the folder.
         TrainingDiverged: the loss is no longer a number.
         Interrupted: stopped by Ctrl-C after a checkpoint was written.
     """
@@ -112,10 +130,12 @@ def train(
     resolved = override(_choose_recipe(method, recipe), overrides)
     resolved.init_from = init_from or resolved.init_from
     args = training_arguments(resolved, output_dir or ".")
-    folder = Path(_agreed(args, lambda: str(_new_folder(output_dir, resolved.name))))
-    with _removed_without_checkpoint(folder):
+    with contextlib.ExitStack() as stack:
+        new_folder = _new_folder(output_dir, resolved.name)
+        folder = on_first_process(args, lambda: stack.enter_context(new_folder))
         trainer = build_trainer(resolved, folder, args)
-        return _train_and_save(trainer, resolved, folder, checkpoint=None)
+        _save_recipe(trainer, resolved, folder)
+        return _train_and_save(trainer, folder, checkpoint=None)
 
 
 def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
@@ -131,69 +151,96 @@ def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
     return chosen
 
 
-def _continue(folder: Path, overrides: dict[str, Any]) -> Run:
+def _continue(named: Path, overrides: dict[str, Any]) -> Run:
+    """Continue a run from its last whole checkpoint, or from the one that is named."""
+    folder, wanted = named, True if (named / RECIPE_FILE).is_file() else str(named)
+    if wanted is not True and named.name.startswith("checkpoint-"):
+        folder = named.parent
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"'{folder}' is no run: it has no {RECIPE_FILE}")
-    recipe = override(load_recipe(str(folder / RECIPE_FILE)), overrides)
-    whole = checkpoints(folder)
-    if not whole:
-        logger.warning("%s has no checkpoint; it starts again from step 0", folder)
-    elif any(key.startswith("probe_") for key in overrides):
-        (folder / FLOORS_FILE).unlink(missing_ok=True)  # they belong to the earlier protocol
-    trainer = build_trainer(recipe, folder)
-    return _train_and_save(trainer, recipe, folder, checkpoint=whole[-1] if whole else None)
+    earlier = load_recipe(str(folder / RECIPE_FILE))
+    recipe = override(earlier, overrides)
+    args = training_arguments(recipe, str(folder))
+    with contextlib.ExitStack() as stack:
+        on_first_process(args, lambda: stack.enter_context(run_lock(folder)))
+        trainer = build_trainer(recipe, folder, args)
+        checkpoint = None
+        if checkpoint_folders(folder):
+            checkpoint = trainer.choose_checkpoint(wanted)
+        elif trainer.is_world_process_zero():
+            logger.warning("%s has no checkpoint; it starts again from step 0", folder)
+        _save_recipe(trainer, recipe, folder)
+        if trainer.is_world_process_zero():
+            _say_changes(earlier, recipe)
+            if checkpoint is None or any(key.startswith("probe_") for key in overrides):
+                (folder / FLOORS_FILE).unlink(missing_ok=True)  # of another protocol, or encoder
+        return _train_and_save(trainer, folder, checkpoint)
 
 
-def _agreed(args: SSLTrainingArguments, choose: Callable[[], str]) -> str:
-    """What the first process chooses, in all: another would already see the first one's folder.
-
-    Raises:
-        RecipeError: what `choose` raised, in all processes.
-    """
-    outcome: list[Any] = [None]
-    if args.process_index == 0:
-        try:
-            outcome = [choose()]
-        except RecipeError as error:
-            outcome = [error]
-    if args.world_size > 1:
-        torch.distributed.broadcast_object_list(outcome, device=args.device)
-    if isinstance(outcome[0], RecipeError):
-        raise outcome[0]
-    return str(outcome[0])
+def _say_changes(earlier: Recipe, recipe: Recipe) -> None:
+    """Name the values by which the rest of a resumed run differs from what it would have been."""
+    changes = [
+        f"{key} {then} -> {now}"
+        for key, then, now in changed_values(earlier, recipe)
+        if not key.startswith(WITHOUT_EFFECT_ON_TRAINING)
+    ]
+    if changes:
+        logger.warning("changed by this resume, so that the run goes another way: %s", ", ".join(changes))
 
 
-def _new_folder(output_dir: str | None, name: str) -> Path:
-    if output_dir is not None:
-        folder = Path(output_dir)
-        if folder.exists() and not folder.is_dir():
-            raise RecipeError(f"output_dir '{folder}' is a file; choose a new folder")
-        if folder.exists() and any(folder.iterdir()):
-            raise RecipeError(
-                f"output_dir '{folder}' is not empty; choose another, or continue it with --resume {folder}"
-            )
-        return folder
-    count = 1
-    folder = Path("runs") / name
-    while folder.exists():
-        count += 1
-        folder = Path("runs") / f"{name}-{count}"
-    return folder
+def _save_recipe(trainer: SSLTrainer, recipe: Recipe, folder: Path) -> None:
+    if trainer.is_world_process_zero():
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe.save(folder / RECIPE_FILE)
 
 
 @contextlib.contextmanager
-def _removed_without_checkpoint(folder: Path) -> Iterator[None]:
-    """Leave nothing behind when a new run fails before it has anything worth keeping."""
-    existed = folder.exists()
-    try:
-        yield
-    except BaseException:
-        if not checkpoints(folder):
-            for path in folder.glob("*"):  # the folder was empty before
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-            if folder.exists() and not existed:
-                folder.rmdir()
-        raise
+def _new_folder(output_dir: str | None, name: str) -> Iterator[Path]:
+    """A folder that this run has for itself; nothing is left of one that fails before its first checkpoint.
+
+    Raises:
+        RecipeError: the folder is not empty.
+        RunInUse: another run writes into it.
+    """
+    folder = Path(output_dir or "")
+    made = _missing(folder)
+    if output_dir is None:
+        folder, made = _numbered(name)
+    if folder.exists() and not folder.is_dir():
+        raise RecipeError(f"output_dir '{folder}' is a file; choose a new folder")
+    with run_lock(folder):
+        if any(path.name not in KILLED_AT_ONCE for path in folder.iterdir()):
+            raise RecipeError(
+                f"output_dir '{folder}' is not empty; choose another, or continue it with --resume {folder}"
+            )
+        try:
+            yield folder
+        except BaseException:
+            if not checkpoints(folder):
+                for path in folder.glob("*"):  # the folder was empty before
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                with contextlib.suppress(OSError):  # somebody else may have put something beside it
+                    for path in made:
+                        path.rmdir()
+            raise
+
+
+def _numbered(name: str) -> tuple[Path, list[Path]]:
+    """The next free folder in `runs`, made at once so that no two runs take the same; and what was made."""
+    count = 1
+    folder = Path("runs") / name
+    while True:
+        made = _missing(folder)
+        try:
+            folder.mkdir(parents=True)
+            return folder, made
+        except FileExistsError:
+            count += 1
+            folder = Path("runs") / f"{name}-{count}"
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | None = None) -> SSLTrainer:
@@ -279,10 +326,7 @@ def _check_metric(args: SSLTrainingArguments, has_linear: bool) -> None:
         )
 
 
-def _train_and_save(trainer: SSLTrainer, recipe: Recipe, folder: Path, checkpoint: Path | None) -> Run:
-    folder.mkdir(parents=True, exist_ok=True)
-    if trainer.is_world_process_zero():
-        recipe.save(folder / RECIPE_FILE)
+def _train_and_save(trainer: SSLTrainer, folder: Path, checkpoint: Path | None) -> Run:
     _measure_floors(trainer, folder)
     with StopOnInterrupt() as stopper:
         trainer.add_callback(stopper)
@@ -308,8 +352,8 @@ def _measure_floors(trainer: SSLTrainer, folder: Path) -> None:
             probe.restore_floors(trainer.model, json.loads(file.read_text(encoding="utf-8")))
         else:
             floors = probe.measure_floors(trainer.model)
-            file.write_text(json.dumps(floors.to_dict(), indent=1), encoding="utf-8")
-    trainer.floors = trainer.on_first_process(probe.named_floors)
+            write_whole_file(file, json.dumps(floors.to_dict(), indent=1))
+    trainer.floors = on_first_process(trainer.args, probe.named_floors)
     for name in ("pixels", "random_init"):
         own = {key: value for key, value in trainer.floors.items() if key.startswith(name)}
         logger.info("floor     " + format_scores({key.replace("_", " "): v for key, v in own.items()}))
@@ -327,10 +371,12 @@ def _final_scores(trainer: SSLTrainer) -> Scores | None:
     probe = trainer.probe
     entries = (entry for entry in reversed(trainer.state.log_history) if "eval_knn" in entry)
     is_scored = next(entries, {}).get("step") == trainer.state.global_step
-    # Only the first process has scores, and all must agree on another evaluation.
-    has_table = trainer.on_first_process(lambda: {"scores": float(probe.scores is not None)})["scores"]
-    if not (is_scored and has_table):
+    # Only the first process has a table, and all must agree on another evaluation.
+    has_table = on_first_process(trainer.args, lambda: probe.scores is not None)
+    if not is_scored:
         trainer.evaluate()
+    elif not has_table:  # a finished run was resumed: its log has the scores already
+        on_first_process(trainer.args, lambda: probe(trainer.model))
     return probe.scores
 
 

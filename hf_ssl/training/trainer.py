@@ -12,16 +12,14 @@ The order of one optimizer step stands here and nowhere else:
 import logging
 import math
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
@@ -31,17 +29,12 @@ from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
-from hf_ssl.training.checkpoints import (
-    STATE_FILE,
-    check_tensors,
-    last_checkpoint,
-    removed_unless_whole,
-    step_of,
-)
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer
+from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import ReadableLog
+from hf_ssl.training.resuming import ResumingTrainer
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
 from hf_ssl.training.step_protocol import StepProtocol
 
@@ -50,7 +43,7 @@ __all__ = ["SSLTrainer", "TrainingDiverged"]
 logger = logging.getLogger(__name__)
 
 
-class SSLTrainer(Trainer):
+class SSLTrainer(ResumingTrainer):
     """Trainer for self-supervised models.
 
     Args:
@@ -87,7 +80,6 @@ class SSLTrainer(Trainer):
         self.view_maker = ViewMaker(processing_class.views)
         self.probe = probe
         self.floors: dict[str, float] = {}
-        self._resume_step = 0
         self._step_batches: list[dict[str, Tensor]] = []
         self._updates: list[dict[str, Tensor]] = []
         self._guard = DivergenceGuard(args)
@@ -306,7 +298,8 @@ class SSLTrainer(Trainer):
         """Probe the encoder; there is no evaluation loss, as it says nothing about what was learned."""
         if self.probe is None:
             return {}
-        named = self.on_first_process(self._probe) | self.floors
+        # Of the first process in all: BatchNorm statistics differ a little between them.
+        named = on_first_process(self.args, self._probe) | self.floors
         scores = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -315,13 +308,6 @@ class SSLTrainer(Trainer):
     def _probe(self) -> dict[str, float]:
         assert self.probe is not None
         return self.probe(self.model)
-
-    def on_first_process(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Scores measured by the first process, in all: BatchNorm statistics differ a little between them."""
-        scores = [measure() if self.args.process_index == 0 else {}]
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(scores, device=self.args.device)
-        return scores[0]
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Trainer's decision; the best encoder so far is saved even where no checkpoint is due."""
@@ -352,48 +338,7 @@ class SSLTrainer(Trainer):
         """
         self._guard.check_losses(self.state.global_step)
         self._guard.check_weights(self.model, self.state.global_step)
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
-        with removed_unless_whole(folder, folder.name):
-            super()._save_checkpoint(model, trial)
-
-    def _load_from_checkpoint(
-        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
-    ) -> None:
-        """Load all weights.
-
-        Raises:
-            CheckpointError: some are missing.
-        """
-        check_tensors(Path(resume_from_checkpoint), model or self.model)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or continue from a checkpoint exactly where it stopped.
-
-        Args:
-            resume_from_checkpoint: a checkpoint folder, or True for the last whole one in `output_dir`.
-            *args: as in transformers.
-            **kwargs: as in transformers.
-
-        Raises:
-            CheckpointError: there is no checkpoint to resume from, or it lacks something.
-            TrainingDiverged: the loss is no longer a number.
-        """
-        self._resume_step = 0
-        if resume_from_checkpoint:
-            run = Path(str(self.args.output_dir))
-            folder = last_checkpoint(run) if resume_from_checkpoint is True else Path(resume_from_checkpoint)
-            self._resume_step = step_of(folder)
-            if self._resume_step >= self.args.max_steps:  # Trainer would train one step more
-                return self._load_finished(folder)
-            resume_from_checkpoint = str(folder)
-        return super().train(resume_from_checkpoint or None, *args, **kwargs)
-
-    def _load_finished(self, folder: Path) -> TrainOutput:
-        self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
-        self.state.is_world_process_zero = self.is_world_process_zero()
-        return TrainOutput(self.state.global_step, math.nan, {})
+        super()._save_checkpoint(model, trial)
 
 
 class _Unsized(torch.utils.data.IterableDataset[Any]):
