@@ -38,6 +38,7 @@ class SimCLRForPreTraining(SSLForPreTraining):
     """Encoder, projection head and the NT-Xent loss."""
 
     config_class = SimCLRConfig
+    student: Branch
 
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
@@ -52,7 +53,8 @@ class SimCLRForPreTraining(SSLForPreTraining):
             bias=False,
         )
         set_weight_initialization(head, "normal_0.01")
-        self.student = convert_batchnorm(Branch(backbone, head), "synchronized")
+        self.student = Branch(backbone, head)
+        convert_batchnorm(self.student, "synchronized")
         self.finish_construction()
 
     def forward(
