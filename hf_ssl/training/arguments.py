@@ -1,5 +1,6 @@
 """Training arguments: transformers' own, with defaults for self-supervised training, and what it lacks."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -100,7 +101,7 @@ class SSLTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a CPU unless told
         super().__post_init__()
-        if self.fsdp and self.use_cpu:
+        if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
             raise ValueError("fsdp on a CPU would be plain data parallelism without a word; leave fsdp out")
         choices = {
             "lars_variant": LARS_VARIANTS,

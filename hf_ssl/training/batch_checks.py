@@ -26,9 +26,9 @@ def check_batch(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
         raise ValueError(f"{reason} other images: {name} must be at least 2, got {smallest}")
     if args.cached_microbatch_size:
         _check_caching(model, args)
-    elif args.gradient_accumulation_steps > 1:
-        _warn_of_accumulation(model, args)
-    _warn_of_processes(model, args)
+    else:
+        _warn_of_contrast(model, args)
+        _warn_of_batch_norm(model, args)
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -36,12 +36,18 @@ def has_batch_norm(module: nn.Module) -> bool:
     return any("BatchNorm" in type(layer).__name__ for layer in module.modules())
 
 
+def has_own_statistics(module: nn.Module) -> bool:
+    """Whether it has a BatchNorm whose statistics are those of one process."""
+    norms = (layer for layer in module.modules() if "BatchNorm" in type(layer).__name__)
+    return any(not isinstance(norm, SynchronizedBatchNorm) for norm in norms)
+
+
 def _check_caching(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
     name, size = type(model).__name__, args.cached_microbatch_size
     if not model.loss_couples_the_batch:
         raise ValueError(
-            f"{name} has no use for cached_microbatch_size: accumulated micro-batches are one large batch "
-            "already; give global_batch_size and a smaller per_device_train_batch_size"
+            f"{name} has no use for cached_microbatch_size: its loss takes accumulated micro-batches as one "
+            "batch; give global_batch_size and a smaller per_device_train_batch_size"
         )
     if not has_batch_norm(model.embedder):
         return
@@ -60,33 +66,28 @@ def _check_caching(model: SSLForPreTraining, args: SSLTrainingArguments) -> None
     )
 
 
-def _warn_of_accumulation(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
-    total = int(args.global_batch_size or 0)
-    at_once = total // args.gradient_accumulation_steps
-    if model.loss_couples_the_batch:
+def _warn_of_contrast(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
+    total, count = int(args.global_batch_size or 0), args.gradient_accumulation_steps
+    if model.loss_couples_the_batch and count > 1:
         logger.warning(
             "%s contrasts within a micro-batch: %d accumulated ones give %d images of negatives, not %d; "
             "cached_microbatch_size gives all of them",
             type(model).__name__,
-            args.gradient_accumulation_steps,
-            at_once,
+            count,
+            total // count,
             total,
         )
-    if has_batch_norm(model):
-        logger.warning("BatchNorm normalises by the %d images of a micro-batch, not by %d", at_once, total)
 
 
-def _warn_of_processes(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
-    own = [layer for layer in model.modules() if has_own_statistics(layer)]
-    if args.world_size > 1 and own:
+def _warn_of_batch_norm(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
+    if not has_batch_norm(model):
+        return
+    of_one_process = has_own_statistics(model)
+    images = args.per_device_train_batch_size * (1 if of_one_process else args.world_size)
+    if images != args.global_batch_size:
         logger.warning(
-            "%s, as published, normalises by the %d images of a process, so that another number of processes "
-            "is another run",
-            type(model).__name__,
-            args.per_device_train_batch_size,
+            "BatchNorm normalises by %d images, not by the %d of a step: with other %s it is another",
+            images,
+            args.global_batch_size,
+            "processes or micro-batches" if of_one_process else "micro-batches",
         )
-
-
-def has_own_statistics(layer: nn.Module) -> bool:
-    """Whether a layer is a BatchNorm whose statistics are those of one process."""
-    return "BatchNorm" in type(layer).__name__ and not isinstance(layer, SynchronizedBatchNorm)

@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hf_ssl.training.arguments import SSLTrainingArguments
 
@@ -79,11 +78,13 @@ def test_learning_rate_counts_the_images_of_all_processes_and_micro_batches():
     assert args.learning_rate == pytest.approx(0.3 * 128 / 256)
 
 
-def test_sharding_on_a_cpu_is_refused():
-    if torch.accelerator.is_available():
-        pytest.skip("there is an accelerator here")
-    with pytest.raises(ValueError, match="fsdp"):
-        arguments(fsdp=True)
+def test_sharding_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """accelerate would train data-parallel without a word, whether asked here or by `accelerate launch`."""
+    with pytest.raises(ValueError, match="fsdp on a CPU"):
+        arguments(use_cpu=True, fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp on a CPU"):
+        arguments(use_cpu=True)
 
 
 def test_defaults_are_not_those_of_fine_tuning(tmp_path: Path):
