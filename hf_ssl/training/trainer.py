@@ -216,7 +216,7 @@ class SSLTrainer(Trainer):
             model,
             self.model,
             PreparedOnAccess(cut(inputs, self.args.cached_microbatch_size), self._prepare_inputs),
-            autocast=self.compute_loss_context_manager,
+            autocast=self.accelerator.autocast,
             no_sync=functools.partial(self.accelerator.no_sync, model),
             scale=(lambda loss: loss) if scaler is None else scaler.scale,
         )
