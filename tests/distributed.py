@@ -29,6 +29,7 @@ def run_processes(function: Callable[..., Any], *arguments: Any, num_processes: 
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
             "WORLD_SIZE": str(num_processes),
+            "LOCAL_WORLD_SIZE": str(num_processes),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         }
@@ -36,14 +37,14 @@ def run_processes(function: Callable[..., Any], *arguments: Any, num_processes: 
         processes = [
             subprocess.Popen(
                 command,
-                env=environment | {"RANK": str(rank)},
+                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},  # as torchrun does
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
             )
             for rank in range(num_processes)
         ]
         try:
-            outputs = [process.communicate(timeout=120)[0].decode() for process in processes]
+            outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()

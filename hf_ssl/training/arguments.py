@@ -1,5 +1,6 @@
 """Training arguments: transformers' own, with defaults for self-supervised training, and what it lacks."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +21,17 @@ class SSLTrainingArguments(TrainingArguments):
     global_batch_size: int | None = field(
         default=None,
         metadata={"help": "Images per optimizer step on all processes; accumulation follows from it."},
+    )
+    cached_microbatch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient caching, for losses that contrast within the batch: images held in memory with "
+            "their graph at a time, a divisor of per_device_train_batch_size. Two forwards instead of one."
+        },
+    )
+    cached_batch_norm: str = field(
+        default="refuse",
+        metadata={"help": "ghost: accept that a backbone's BatchNorm normalises by cached micro-batches."},
     )
     base_learning_rate: float | None = field(
         default=None,
@@ -89,11 +101,12 @@ class SSLTrainingArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # transformers refuses bf16 on a CPU unless told
         super().__post_init__()
-        if self.fsdp and self.use_cpu:
+        if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
             raise ValueError("fsdp on a CPU would be plain data parallelism without a word; leave fsdp out")
         choices = {
             "lars_variant": LARS_VARIANTS,
             "clip_mode": ("global", "per_tensor"),
+            "cached_batch_norm": ("refuse", "ghost"),
             "optimizer": tuple(OPTIMIZERS),
             "learning_rate_schedule": tuple(LEARNING_RATE_SCHEDULES),
         }
@@ -101,6 +114,7 @@ class SSLTrainingArguments(TrainingArguments):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
         self._set_accumulation()
+        self._check_caching()
         self._set_learning_rate()
 
     def _set_accumulation(self) -> None:
@@ -125,6 +139,32 @@ class SSLTrainingArguments(TrainingArguments):
                 f"processes; use {max(self.global_batch_size // at_once, 1) * at_once}"
             )
         self.gradient_accumulation_steps = self.global_batch_size // at_once
+
+    def _check_caching(self) -> None:
+        """Refuse a cached micro-batch that cannot be cut, or that something else would cut again.
+
+        Raises:
+            ValueError: it is no divisor of the batch, or comes with accumulation, fsdp or deepspeed.
+        """
+        size, batch = self.cached_microbatch_size, self.per_device_train_batch_size
+        if size is None:
+            if self.cached_batch_norm != "refuse":
+                raise ValueError("cached_batch_norm has no effect without cached_microbatch_size")
+            return
+        if self.fsdp or self.deepspeed:
+            raise ValueError("cached_microbatch_size takes no sharding: leave out fsdp or deepspeed")
+        if self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"cached_microbatch_size takes the place of accumulation: set per_device_train_batch_size to "
+                f"{batch * self.gradient_accumulation_steps}; only cached_microbatch_size images are held in "
+                "memory with their graph"
+            )
+        if size < 1 or batch % size:
+            fitting = max(divisor for divisor in range(1, max(size, 1) + 1) if batch % divisor == 0)
+            raise ValueError(
+                f"cached_microbatch_size {size} does not divide per_device_train_batch_size {batch}; "
+                f"use {fitting}"
+            )
 
     def _set_learning_rate(self) -> None:
         if self.base_learning_rate is not None:

@@ -8,6 +8,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 class HasSteps(Protocol):
     """What the callback needs of `SSLTrainer`."""
 
+    def start_training(self) -> None: ...
+
     def start_step(self, step: int) -> None: ...
 
     def finish_step(self, step: int) -> None: ...
@@ -24,6 +26,7 @@ class StepProtocol(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.start_training()
         state.compute_steps(args, state.max_steps)  # a resumed state has those of the earlier call
 
     def on_step_begin(

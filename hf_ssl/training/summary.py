@@ -27,6 +27,8 @@ def _describe_training(trainer: SSLTrainer) -> str:
     args = trainer.args
     epochs = trainer.epoch_at(args.max_steps)
     batch = f"{args.per_device_train_batch_size} per device x {args.world_size}"
+    if args.cached_microbatch_size:
+        batch += f", cached {args.cached_microbatch_size} at a time"
     if args.gradient_accumulation_steps > 1:
         batch += f" x {args.gradient_accumulation_steps} accumulated"
     return (

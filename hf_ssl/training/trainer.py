@@ -4,11 +4,12 @@ The order of one optimizer step stands here and nowhere else:
     get_batch_samples   all micro-batches of the step arrive, rows are numbered
     begin_step          schedules; teachers that move before their forward      (on_step_begin)
     prepare_step        targets that couple the micro-batches                    (on_step_begin)
-    forward, backward   once per micro-batch
+    forward, backward   once per micro-batch; of a whole batch by gradient caching
     clip, optimizer
     end_step            teacher, queue, centre                                   (on_optimizer_step)
 """
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Iterator
@@ -29,7 +30,9 @@ from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.batch_checks import check_batch
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
+from hf_ssl.training.gradient_caching import backward_through_cache, cut
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer
 from hf_ssl.training.processes import on_first_process
@@ -84,7 +87,7 @@ class SSLTrainer(ResumingTrainer):
         self._updates: list[dict[str, Tensor]] = []
         self._guard = DivergenceGuard(args)
         self._parts: dict[str, list[Tensor]] = {}
-        self._check_batch(model, args)
+        check_batch(model, args)
         if probe is None:
             args.eval_strategy, args.metric_for_best_model = IntervalStrategy.NO, None
         self.loader = self._build_loader(args, start_batch=0)
@@ -106,27 +109,6 @@ class SSLTrainer(ResumingTrainer):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
         self.add_callback(StepProtocol(self))
-
-    @staticmethod
-    def _check_batch(model: SSLForPreTraining, args: SSLTrainingArguments) -> None:
-        """Refuse what the method cannot work with, warn of what it does not do.
-
-        Raises:
-            ValueError: too small for the method or its normalisation, or no divisor of its queue.
-        """
-        model.check_global_batch(int(args.global_batch_size or 1))
-        has_batch_norm = any("BatchNorm" in type(module).__name__ for module in model.modules())
-        if args.per_device_train_batch_size < 2 and (has_batch_norm or model.loss_couples_the_batch):
-            reason = "negatives need" if model.loss_couples_the_batch else "BatchNorm needs"
-            raise ValueError(f"{reason} other images: per_device_train_batch_size must be at least 2, got 1")
-        if model.loss_couples_the_batch and args.gradient_accumulation_steps > 1:
-            logger.warning(
-                "%s contrasts within a micro-batch: %d accumulated ones give %d images of negatives, not %d",
-                type(model).__name__,
-                args.gradient_accumulation_steps,
-                int(args.global_batch_size or 0) // args.gradient_accumulation_steps,
-                args.global_batch_size,
-            )
 
     # Data
 
@@ -180,13 +162,22 @@ class SSLTrainer(ResumingTrainer):
 
     # The step
 
+    def start_training(self) -> None:
+        """Once the model is wrapped: processes began equal and stay so, and need no copies of each other.
+
+        Data-parallel wrappers would overwrite all buffers by the first process's before every forward.
+        """
+        for module in self.model_wrapped.modules():
+            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+                module.broadcast_buffers = False
+
     def start_step(self, step: int) -> None:
         """Schedules and targets; called with the 0-based step before its first forward."""
         self._updates = []
         self._set_weight_decay(step)
         self.model.begin_step(step, self.args.max_steps, seed=self.args.seed)
         batches: Any = self._step_batches
-        if len(batches) == 1:
+        if len(batches) == 1 and self.args.cached_microbatch_size is None:
             self._step_batches[0].update(self._prepare_inputs(self._step_batches[0]))
         else:
             batches = PreparedOnAccess(self._step_batches, self._prepare_inputs)
@@ -202,12 +193,34 @@ class SSLTrainer(ResumingTrainer):
     ) -> Any:
         """Loss of one micro-batch; keeps what `end_step` and the log need."""
         outputs: SSLOutput = model(**inputs)
-        self._updates.append(outputs.updates or {})
+        loss = self._keep(outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one micro-batch, or of a whole batch by gradient caching."""
+        if self.args.cached_microbatch_size is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        scaler = self.accelerator.scaler
+        outputs = backward_through_cache(
+            model,
+            self.model,
+            PreparedOnAccess(cut(inputs, self.args.cached_microbatch_size), self._prepare_inputs),
+            autocast=self.accelerator.autocast,
+            no_sync=functools.partial(self.accelerator.no_sync, model),
+            scale=(lambda loss: loss) if scaler is None else scaler.scale,
+        )
+        return self._keep(outputs).detach()
+
+    def _keep(self, outputs: SSLOutput) -> Tensor:
         assert outputs.loss is not None
+        self._updates.append(outputs.updates or {})
         self._guard.add(outputs.loss)
         for name, value in (outputs.parts or {}).items():
             self._parts.setdefault(name, []).append(value.detach())
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
+        return outputs.loss
 
     def finish_step(self, step: int) -> None:
         """After the optimizer; a step that a loss scaler skipped counts too, as in the official code.

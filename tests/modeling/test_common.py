@@ -13,9 +13,7 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from tests.closeness import near
-from tests.distributed import run_processes
 from tests.modeling.tiny import (
-    BY_NAME,
     ONE_OF_EACH,
     TINY_METHODS,
     TinyMethod,
@@ -347,103 +345,6 @@ def test_only_the_missing_tensors_are_started_anew(row, tmp_path):
             assert_close(state[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
-# Accumulation and processes
-
-
-def accumulable() -> list[TinyMethod]:
-    # SimCLR's negatives are those of a micro-batch (gradient caching gives the large batch), and so are the
-    # groups of a split BatchNorm.
-    return [row for row in TINY_METHODS if row.method != "simclr" and not row.local_batch_norm]
-
-
-@rows(accumulable())
-@pytest.mark.parametrize("num_micro_batches", [2, 4])
-def test_accumulated_micro_batches_equal_one_batch(row, num_micro_batches):
-    """Loss, gradients, queue, teacher. BatchNorm uses running statistics here, as others are of a batch."""
-    pixels = row.images(8, dtype=torch.float64)
-    results = []
-    for pieces in ([pixels], list(pixels.chunk(num_micro_batches))):
-        model = row.build().double()
-        perturb_teacher(model)
-        model.eval()
-        losses = [run_step(model, pieces, step) for step in range(3)]
-        results.append((losses, gradients(model), training_state(model)))
-    compare_results(*results)
-
-
-def perturb_teacher(model: SSLForPreTraining) -> None:
-    """Make teacher and student differ, so that a teacher that moves once too often shows."""
-    if model.has_teacher:
-        generator = torch.Generator().manual_seed(9)
-        for parameter in model.teacher.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.data += 0.05 * noise.to(parameter.dtype)
-
-
-def compare_results(one: tuple, other: tuple, tolerance: float = 1e-9) -> None:
-    near(torch.tensor(one[0], dtype=torch.float64), torch.tensor(other[0], dtype=torch.float64), tolerance)
-    for mine, theirs in zip(one[1:], other[1:], strict=True):
-        assert mine.keys() == theirs.keys()
-        for name, value in mine.items():
-            assert_close(
-                value,
-                theirs[name],
-                rtol=tolerance,
-                atol=tolerance,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
-
-
-def mergeable() -> list[str]:
-    # One CNN is enough: each of its norms talks to the other process, which takes its time on two cores.
-    return [row.name for row in TINY_METHODS if row.has_vit or row.name == "simclr-cnn"]
-
-
-def train_one_process_of_many(names: list[str]) -> dict[str, tuple]:
-    """Two steps of every method on this process's rows of the global batch."""
-    import torch.distributed as dist
-
-    started = dist.is_initialized()
-    rank, count = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
-    results = {}
-    for name in names:
-        row = BY_NAME[name]
-        model = row.build().double()
-        perturb_teacher(model)
-        torch.manual_seed(100 + rank)  # nothing may depend on the random state of a process
-        losses, masks = [], []
-        for step in range(2):
-            pixels = row.images(8, seed=step, dtype=torch.float64).chunk(count)[rank]
-            loss = torch.tensor(
-                run_step(model, [pixels], step, rank=rank, num_processes=count), dtype=torch.float64
-            )
-            rows_of_process = torch.arange(len(pixels)) + rank * len(pixels)
-            if row.method == "mae":
-                with torch.no_grad():
-                    masks.append(model(pixels, row_index=rows_of_process).is_masked)
-            if started:
-                dist.all_reduce(loss)
-            losses.append((loss / count).item())
-        mean_gradients = gradients(model)
-        if started:
-            for value in mean_gradients.values():
-                dist.all_reduce(value)
-                value /= count
-        results[name] = (losses, mean_gradients, training_state(model), masks)
-    return results
-
-
-def test_two_processes_equal_one_on_the_merged_batch():
-    """Loss, gradients (mean over processes), queue, teacher with its BatchNorm statistics, and masks."""
-    ranks = run_processes(train_one_process_of_many, mergeable())
-    expected = train_one_process_of_many(mergeable())
-    for name, merged in expected.items():
-        for rank in ranks:
-            compare_results(rank[name][:3], merged[:3])
-        for step, masks in enumerate(merged[3]):
-            assert torch.cat([rank[name][3][step] for rank in ranks]).equal(masks)
-
-
 # Learning
 
 
@@ -475,6 +376,20 @@ def test_loss_under_bfloat16_autocast_is_float32_and_close(row):
     assert_close(half, full, rtol=0.05, atol=0.05)
     half.backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+def compare_results(one: tuple, other: tuple, tolerance: float = 1e-9) -> None:
+    near(torch.tensor(one[0], dtype=torch.float64), torch.tensor(other[0], dtype=torch.float64), tolerance)
+    for mine, theirs in zip(one[1:], other[1:], strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            assert_close(
+                value,
+                theirs[name],
+                rtol=tolerance,
+                atol=tolerance,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
 
 
 @vit_rows

@@ -87,6 +87,10 @@ class TinyMethod:
         noise = torch.randn(num_images, self.num_views, 3, side, side, generator=generator, dtype=dtype)
         return image + 0.3 * noise
 
+    def batch(self, num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The images as the inputs of `forward` that a loader gives."""
+        return {"pixel_values": self.images(num_images, seed, dtype)}
+
 
 TINY_METHODS = [
     TinyMethod("simclr-vit", "simclr", TINY_VIT, {"projection_size": 8, "temperature": 0.5}),

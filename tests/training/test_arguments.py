@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from hf_ssl.training.arguments import SSLTrainingArguments
 
@@ -49,6 +48,17 @@ def test_batch_of_a_device_shrinks_to_a_smaller_global_batch():
         ({"clip_mode": "local"}, "clip_mode must be one of global, per_tensor, got 'local'"),
         ({"optimizer": "adam"}, "optimizer must be one of .*adamw.*, got 'adam'"),
         ({"learning_rate_schedule": "linear"}, "learning_rate_schedule must be one of cosine"),
+        ({"cached_batch_norm": "yes"}, "cached_batch_norm must be one of refuse, ghost, got 'yes'"),
+        ({"cached_batch_norm": "ghost"}, "cached_batch_norm has no effect without cached_microbatch_size"),
+        (
+            {"cached_microbatch_size": 5, "per_device_train_batch_size": 16},
+            "cached_microbatch_size 5 does not divide per_device_train_batch_size 16; use 4",
+        ),
+        ({"cached_microbatch_size": 0, "per_device_train_batch_size": 16}, "cached_microbatch_size 0"),
+        (
+            {"cached_microbatch_size": 4, "per_device_train_batch_size": 16, "global_batch_size": 64},
+            "takes the place of accumulation: set per_device_train_batch_size to 64",
+        ),
         ({"lars_variant": "x"}, "lars_variant must be one of tf, moco, larc"),
     ],
 )
@@ -79,11 +89,13 @@ def test_learning_rate_counts_the_images_of_all_processes_and_micro_batches():
     assert args.learning_rate == pytest.approx(0.3 * 128 / 256)
 
 
-def test_sharding_on_a_cpu_is_refused():
-    if torch.accelerator.is_available():
-        pytest.skip("there is an accelerator here")
-    with pytest.raises(ValueError, match="fsdp"):
-        arguments(fsdp=True)
+def test_sharding_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """accelerate would train data-parallel without a word, whether asked here or by `accelerate launch`."""
+    with pytest.raises(ValueError, match="fsdp on a CPU"):
+        arguments(use_cpu=True, fsdp=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="fsdp on a CPU"):
+        arguments(use_cpu=True)
 
 
 def test_defaults_are_not_those_of_fine_tuning(tmp_path: Path):

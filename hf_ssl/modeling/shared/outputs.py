@@ -8,7 +8,7 @@ from transformers.utils.generic import ModelOutput
 
 @dataclass
 class SSLOutput(ModelOutput):
-    """Result of one pre-training forward; everything but `loss` is detached.
+    """Result of one pre-training forward; everything but `loss` and `embeddings` is detached.
 
     Attributes:
         loss: scalar to minimise, mean over the images of this process.
@@ -18,6 +18,7 @@ class SSLOutput(ModelOutput):
         predictions: reconstructed patches (B, N, P) of masked methods.
         is_masked: (B, N) bool, True = hidden from the encoder.
         updates: what `end_step` needs from this micro-batch.
+        embeddings: what `loss_from_embeddings` takes, with its graph; alone where `embed_only` asked for it.
     """
 
     loss: Tensor | None = None
@@ -27,3 +28,4 @@ class SSLOutput(ModelOutput):
     predictions: Tensor | None = None
     is_masked: Tensor | None = None
     updates: dict[str, Tensor] | None = None
+    embeddings: dict[str, Tensor] | None = None

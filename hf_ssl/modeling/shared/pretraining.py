@@ -172,8 +172,26 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     @property
     def loss_couples_the_batch(self) -> bool:
-        """Whether an image's loss depends on the other images, so that accumulation is no larger batch."""
+        """Whether an image's loss depends on the other images, so that accumulation is no larger batch.
+
+        Such a method defines `loss_from_embeddings` and takes `embed_only=True` in `forward`, which then
+        returns `embeddings` alone: gradient caching makes one large batch of several forwards with these.
+        """
         return False
+
+    def loss_from_embeddings(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """The second half of `forward`: heads and loss over all images of this process.
+
+        Args:
+            embeddings: tensors whose first dimension counts images, so that micro-batches can be joined.
+        """
+        raise TypeError(f"{type(self).__name__} must define loss_from_embeddings, or its loss is no sum")
+
+    @property
+    def embedder(self) -> nn.Module:
+        """The part of the network that makes `embeddings`; where it normalises, micro-batches matter."""
+        backbone: Any = self.published_branch().backbone
+        return backbone
 
     # Parameters
 

@@ -8,6 +8,7 @@ Shape suffixes: B = images in this process, D = backbone width, d = projection w
 
 import math
 
+import torch
 from torch import Tensor
 
 from hf_ssl.modeling.shared.backbone import build_backbone
@@ -37,6 +38,7 @@ class SimCLRForPreTraining(SSLForPreTraining):
     """Encoder, projection head and the NT-Xent loss."""
 
     config_class = SimCLRConfig
+    student: Branch
 
     def __init__(self, config: SimCLRConfig) -> None:
         super().__init__(config)
@@ -51,27 +53,37 @@ class SimCLRForPreTraining(SSLForPreTraining):
             bias=False,
         )
         set_weight_initialization(head, "normal_0.01")
-        self.student = convert_batchnorm(Branch(backbone, head), "synchronized")
+        self.student = Branch(backbone, head)
+        convert_batchnorm(self.student, "synchronized")
         self.finish_construction()
 
-    def forward(self, pixel_values: Tensor, row_index: Tensor | None = None) -> SSLOutput:
+    def forward(
+        self, pixel_values: Tensor, row_index: Tensor | None = None, embed_only: bool = False
+    ) -> SSLOutput:
         """Contrast two views.
 
         Args:
             pixel_values: (B, 2, C, H, W), normalised.
             row_index: (B,) rows of the global batch; unused.
+            embed_only: stop before the head and return `embeddings` for `loss_from_embeddings`.
 
         Returns:
             `loss`: mean over 2B anchors in nats; ln(2N - 1) for a uniform softmax, N images on all processes.
         """
-        features_BD, projections_Bd = self.student(join_views(pixel_values, num_views=2))
-        first_Bd, second_Bd = projections_Bd.chunk(2)
-        loss = nt_xent_loss(first_Bd, second_Bd, self.config.temperature)
+        features = self.student.backbone(join_views(pixel_values, num_views=2)).pooler_output
+        embeddings = {"features": torch.stack(features.chunk(2), dim=1)}
+        return SSLOutput(embeddings=embeddings) if embed_only else self.loss_from_embeddings(embeddings)
+
+    def loss_from_embeddings(self, embeddings: dict[str, Tensor]) -> SSLOutput:
+        """Head and loss of `features` (B, 2, D); the head's BatchNorm sees all images of the step."""
+        features = embeddings["features"].transpose(0, 1).flatten(0, 1)  # (2B, D), blocked by view
+        projections = self.student.head(features)
+        first_Bd, second_Bd = projections.chunk(2)
         return SSLOutput(
-            loss=loss,
-            parts={"projection_std": std_of_normalized(projections_Bd)},
-            features=features_BD.detach(),
-            projections=projections_Bd.detach(),
+            loss=nt_xent_loss(first_Bd, second_Bd, self.config.temperature),
+            parts={"projection_std": std_of_normalized(projections)},
+            features=features.detach(),
+            projections=projections.detach(),
         )
 
     @property
