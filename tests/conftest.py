@@ -1,13 +1,37 @@
-"""Fixtures shared by all tests."""
+"""Fixtures shared by all tests, which never speak to the real Hub: theirs is a server on this machine."""
 
-from collections.abc import Callable
+import atexit
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
-from torch import Tensor
+
+from tests.hub_server import HubServer
+
+# Before any library that reads them is imported; child processes inherit them.
+HUB = HubServer()
+HUB_HOME = tempfile.mkdtemp(prefix="hub-home-")
+atexit.register(shutil.rmtree, HUB_HOME, ignore_errors=True)
+os.environ.update(HUB.environment(HUB_HOME))
+
+from safetensors.torch import load_file  # noqa: E402
+from torch import Tensor  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def hub() -> Iterator[HubServer]:
+    """The Hub of all tests, empty; every client of this process and of its children speaks to it."""
+    from huggingface_hub import HfFileSystem
+
+    HUB.clear()
+    HfFileSystem.clear_instance_cache()  # it keeps listings
+    yield HUB
+    HUB.clear()
 
 
 @pytest.fixture

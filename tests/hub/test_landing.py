@@ -1,9 +1,6 @@
 """Encoders land in native classes that need none of this package; a wrong landing never appears."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from hf_ssl.hub import export_encoder, landing_timm, landing_vit
 from hf_ssl.hub.parity import TOLERANCE, enlarge, random_images
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from tests.clean_process import run_python
 
 VIT = {
     "model_type": "hf_ssl_vit", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -41,10 +39,8 @@ CASES = {  # name: method, backbone, fields of the method's config
 }
 CNN_CASES = [name for name, (_, backbone, _) in CASES.items() if backbone["model_type"] == "hf_ssl_timm"]
 
-# Runs without this package: whatever imports it, also by an editable install, fails.
 USER_CODE = """
 import json, sys
-sys.modules["hf_ssl"] = None
 try:
     import hf_ssl
     raise SystemExit("hf_ssl was importable")
@@ -125,10 +121,7 @@ def landed(tmp_path_factory) -> tuple[Path, dict[str, Tensor], dict[str, Tensor]
         expected[f"{name}.last_hidden_state"] = outputs.last_hidden_state
         expected[f"{name}.pooler_output"] = outputs.pooler_output
         expected[f"{name}.difference"] = torch.tensor(report.max_abs_difference)
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    command = [sys.executable, "-c", USER_CODE, json.dumps(list(CASES))]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_python(USER_CODE, json.dumps(list(CASES)), with_package=False, cwd=home)
     return home, expected, load_file(home / "results.safetensors")
 
 
