@@ -1,5 +1,6 @@
 """How requests come in and answers go out at the test server (`hub_server.py`), and what goes wrong there."""
 
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ class Fault:
         status: answered in place of the real answer.
         retry_after: seconds, a header of that answer.
         cut_after: bytes of the body after which the connection is closed; 0: without any answer.
+        keep: bytes of the body that come as if they were all of it.
         delay: seconds before the answer.
         bytes_per_second: how fast the body comes.
     """
@@ -52,6 +54,7 @@ class Fault:
     status: int | None = None
     retry_after: int | None = None
     cut_after: int | None = None
+    keep: int | None = None
     delay: float = 0.0
     bytes_per_second: int | None = None
 
@@ -78,13 +81,15 @@ class LoggingHandler(BaseHTTPRequestHandler):
         with self.hub.lock:
             self.hub.connections.add(self.connection)
 
+    def handle(self) -> None:
+        with contextlib.suppress(ConnectionError):  # the client ended the connection
+            super().handle()
+
     def finish(self) -> None:
         with self.hub.lock:
             self.hub.connections.discard(self.connection)
-        try:
+        with contextlib.suppress(OSError):  # the server was stopped
             super().finish()
-        except OSError:
-            pass  # the server was stopped
 
     def log_message(self, *args: object) -> None:
         pass
@@ -133,6 +138,8 @@ class LoggingHandler(BaseHTTPRequestHandler):
         if self.fault.cut_after == 0:
             self.close_connection = True
             return
+        if self.fault.keep is not None:
+            body = body[: self.fault.keep]
         self.request_log.status = status
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():

@@ -21,9 +21,7 @@ def evaluate(
     pool: Annotated[
         list[str] | None, typer.Option(help="pooler, class_token, mean or grid2; can be given several times.")
     ] = None,
-    probe: Annotated[
-        str | None, typer.Option(help="lbfgs, sgd or none; else as the run.")
-    ] = None,
+    probe: Annotated[str | None, typer.Option(help="lbfgs, sgd or none; else as the run.")] = None,
     num_neighbors: Annotated[
         int | None, typer.Option("--num_neighbors", help="Of the kNN; 20, or as the run has it.")
     ] = None,

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,15 @@ from numpy.typing import NDArray
 
 from hf_ssl.data.columns import Columns, DataError, Row
 from hf_ssl.data.decoding import BrokenImageError
+from hf_ssl.data.remote import (
+    DataFile,
+    Persistence,
+    is_missing,
+    is_remote,
+    is_temporary,
+    reason,
+    said_while_slow,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -183,9 +193,26 @@ class ParquetSource(IndexedSource):
         units = np.unique(np.searchsorted(self._starts, indices, side="right") - 1)
         self._hold_units(owner, set(units.tolist()))
         missing = [unit for unit in units.tolist() if unit not in self._tables]
-        if missing and "://" in self._files[0]:
-            with ThreadPoolExecutor(READ_THREADS) as pool:
-                self._tables |= dict(zip(missing, pool.map(self._read_unit, missing), strict=True))
+        if missing and is_remote(self._files[0]):
+            self._fetch(missing)
+
+    def _fetch(self, units: list[int]) -> None:
+        """Reads units from elsewhere, several at once."""
+        total = len(units)
+        files = {number: DataFile(self._files[number]) for number, _ in map(self._units.__getitem__, units)}
+        tables: list[pa.Table] = []
+        files[self._units[units[0]][0]].read(lambda _: None)  # else every thread would fetch the listing
+        with (
+            ThreadPoolExecutor(READ_THREADS) as pool,
+            said_while_slow(
+                lambda: f"{self.name}: {len(tables)} of {total} row groups of the next block read"
+            ),
+        ):
+            for unit, table in zip(
+                units, pool.map(partial(self._read_unit, files=files), units), strict=True
+            ):
+                tables.append(table)
+                self._tables[unit] = table
 
     def row_name(self, index: int) -> str:
         unit = bisect_right(self._starts, index) - 1
@@ -197,39 +224,86 @@ class ParquetSource(IndexedSource):
         kept = set().union(*self._held.values())
         self._tables = {unit: table for unit, table in self._tables.items() if unit in kept}
 
-    def _read_unit(self, unit: int) -> "pa.Table":
+    def _read_unit(self, unit: int, files: Mapping[int, DataFile] | None = None) -> "pa.Table":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
+        number, group = self._units[unit]
+        metadata, columns = self._metadata[number], self.columns.names()
+
+        def read(handle: Any) -> pa.Table:
+            reader = pq.ParquetFile(handle, metadata=metadata, pre_buffer=True)
+            return reader.read_row_group(group, columns=columns, use_threads=False)
+
         # Opened for each read: a file opened before a fork would be shared by all workers.
-        file, group = self._units[unit]
-        with open_file(self._files[file]) as handle:
-            reader = pq.ParquetFile(handle, metadata=self._metadata[file], pre_buffer=True)
-            return reader.read_row_group(group, columns=self.columns.names(), use_threads=False)
+        file = files[number] if files else DataFile(self._files[number])
+        try:
+            return file.read(read)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file.path}, row group {group}, cannot be read: {reason(error)}") from error
 
 
 class SequentialSource(ImageSource):
-    """A `datasets.IterableDataset`: tar archives, generators, any format without row counts."""
+    """A `datasets.IterableDataset`: tar archives, generators, any format without row counts.
 
-    def __init__(self, name: str, dataset: "datasets.IterableDataset", columns: Columns):
+    Args:
+        name: what to call it in messages.
+        dataset: the stream.
+        columns: that are read.
+        files: the file of each shard, where it is known.
+    """
+
+    def __init__(
+        self, name: str, dataset: "datasets.IterableDataset", columns: Columns, files: list[str] | None = None
+    ):
         dataset = dataset.select_columns(columns.names())
         self._dataset = dataset.decode(False) if dataset.features else dataset
         self.num_shards = int(dataset.num_shards)
+        self._files = files if files is not None and len(files) == self.num_shards else None
         super().__init__(name, columns, None, f"stream of {self.num_shards} shards")
 
     def shard(self, shard: int) -> Iterator[tuple[int, Row]]:
-        """Index and row of every image of one shard, in stored order."""
+        """Index and row of every image of one shard, in stored order.
+
+        A shard at an address that fails midway is read again up to where it failed.
+
+        Raises:
+            DataError: a file cannot be read.
+        """
+        persistence = Persistence(f"read {self._shard_name(shard)}")
+        done = 0
+        while True:
+            try:
+                for index, values in enumerate(islice(self._values(shard), done, None), done):
+                    done = index + 1
+                    yield shard << SHARD_BITS | index, self.columns.row(values)
+                    persistence.restart()
+                return
+            except GeneratorExit:
+                raise
+            except Exception as error:
+                if self._files is None:  # made by a program, not read from a file
+                    raise
+                self._wait(persistence, shard, error)
+
+    def _wait(self, persistence: Persistence, shard: int, error: Exception) -> None:
+        if is_remote(self._shard_name(shard)) and (is_temporary(error) or is_missing(error)):
+            return persistence.wait(error)
+        raise DataError(f"{self._shard_name(shard)} cannot be read: {reason(error)}") from error
+
+    def _values(self, shard: int) -> Iterator[dict[str, Any]]:
         part = self._dataset.shard(self.num_shards, shard)
         # Inside a loader worker `iter(part)` would give each worker other shards; `part.iter` reads them all.
         batches: Iterable[Mapping[str, list[Any]]] = part.iter(batch_size=16)
-        values = (
-            dict(zip(batch, row, strict=True))
-            for batch in batches
-            for row in zip(*batch.values(), strict=True)
-        )
-        return ((shard << SHARD_BITS | index, self.columns.row(value)) for index, value in enumerate(values))
+        for batch in batches:
+            for row in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, row, strict=True))
+
+    def _shard_name(self, shard: int) -> str:
+        return self._files[shard] if self._files else f"{self.name}, shard {shard}"
 
     def row_name(self, index: int) -> str:
-        return f"{self.name}, shard {index >> SHARD_BITS}, row {index & ((1 << SHARD_BITS) - 1)}"
+        return f"{self._shard_name(index >> SHARD_BITS)}, row {index & ((1 << SHARD_BITS) - 1)}"
 
     def _read(self, start: int) -> Iterator[Row]:
         shards = chain.from_iterable(self.shard(shard) for shard in range(self.num_shards))
@@ -246,22 +320,12 @@ def load_image(image: Any) -> Any:
         raise BrokenImageError("the row holds no image")
     if not isinstance(image, str):
         return image
-    if "://" in image:  # a failing connection is no broken image: its error passes
-        with open_file(image) as handle:
-            return handle.read()
+    if is_remote(image):  # a failing connection is no broken image: its error passes
+        return DataFile(image).read(lambda handle: handle.read())
     try:
         return Path(image).read_bytes()
     except OSError as error:
         raise BrokenImageError(f"cannot read {image}: {error.strerror}") from error
-
-
-def open_file(path: str) -> Any:
-    """A file, here or at an address, open for reading."""
-    if "://" not in path:
-        return open(path, "rb")
-    import fsspec  # type: ignore[import-untyped]
-
-    return fsspec.open(path, "rb").open()
 
 
 def _table_row(table: "pa.Table", index: int, columns: Columns) -> Row:

@@ -9,28 +9,32 @@ import glob
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.columns import Columns, DataError, check_columns, features_of, find_columns
-from hf_ssl.data.readers import (
-    DatasetSource,
-    FolderSource,
-    ImageSource,
-    ParquetSource,
-    SequentialSource,
-    open_file,
+from hf_ssl.data.readers import DatasetSource, FolderSource, ImageSource, ParquetSource, SequentialSource
+from hf_ssl.data.remote import (
+    DataFile,
+    end_broken_streams,
+    is_remote,
+    pin_commit,
+    repeated,
+    said_while_slow,
+    split_revision,
 )
 
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["DataError", "ImageSource", "open_images"]
+__all__ = ["DataError", "ImageSource", "open_images", "pin_revision"]
 
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .avif .jp2".split()
 )
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
+OPEN_THREADS = 16
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | {
     name: "validation" for name in ("val", "valid", "validation", "dev")
 }
@@ -49,9 +53,10 @@ def open_images(
     """Opens images from wherever they are.
 
     Args:
-        dataset: name of a dataset on the Hub, a folder of images (labels from its sub-folders, if it has
-            any), a folder, file or glob of parquet or webdataset tar files, an object of `datasets`, or
-            "sample" for the images that come with this package.
+        dataset: name of a dataset on the Hub, owner/name or owner/name@revision (branch, tag or commit); a
+            folder of images (labels from its sub-folders, if it has any); a folder, file or glob of parquet
+            or webdataset tar files; an object of `datasets`; or "sample" for the images that come with this
+            package.
         split: name of the split; by default "train", or the only one there is.
         config_name: configuration of a dataset on the Hub; of the sample a design, or "gallery" or "queries"
             of its retrieval task.
@@ -75,15 +80,42 @@ def open_images(
         return _open_folder(Path(name), split, config_name, wanted, streaming)
     suffix = os.path.splitext(name)[1].lower()
     if suffix in FILE_BUILDERS:
-        files = [name] if "://" in name else sorted(glob.glob(name, recursive=True))
+        files = [name] if is_remote(name) else sorted(glob.glob(name, recursive=True))
         if not files:
             raise DataError(f"no file matches {name}; give an existing file, folder or pattern")
         return _open_named(FILE_BUILDERS[suffix], name, {"train": files}, split, None, wanted, streaming)
-    if name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "*" in name:
+    if not _is_hub_name(name):
         raise DataError(
             f"no folder or file {name}; give an existing path or the name of a dataset on the Hub"
         )
     return _open_named(name, name, None, split, config_name, wanted, streaming)
+
+
+def pin_revision(dataset: str) -> str:
+    """The name of a dataset with the commit that it means now: what was pushed later is not read.
+
+    Args:
+        dataset: as `open_images` takes it.
+
+    Returns:
+        owner/name@commit for a dataset on the Hub, anything else as it is.
+
+    Raises:
+        DataError: the Hub has no such dataset, or cannot be reached.
+    """
+    name = os.path.expanduser(dataset)
+    is_file = os.path.splitext(name)[1].lower() in FILE_BUILDERS
+    if dataset == "sample" or os.path.isdir(name) or is_file or not _is_hub_name(name):
+        return dataset
+    repository, revision = split_revision(name)
+    commit = pin_commit(repository, revision)
+    return f"{repository}@{commit}" if commit else dataset
+
+
+def _is_hub_name(name: str) -> bool:
+    repository, _ = split_revision(name)
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or "*" in name or is_remote(name)
+    return not is_path and repository.count("/") <= 1
 
 
 def _open_sample(split: str | None, config_name: str | None, wanted: Columns) -> ImageSource:
@@ -140,27 +172,61 @@ def _open_named(
     streaming: bool,
 ) -> ImageSource:
     """What `datasets` finds under a name, in a folder, or for a format and files."""
-    from datasets import load_dataset_builder
     from datasets.exceptions import DatasetsError
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     try:
-        builder = load_dataset_builder(path, name=config_name, data_files=data_files)
+        builder = _find(path, data_files, config_name)
         files: Mapping[Any, list[str]] | None = builder.config.data_files
         is_expression = split is not None and any(mark in split for mark in "[+")  # such as train[:10%]
         if is_expression or not streaming or not files:
-            builder.download_and_prepare()
+            _download(builder, name)
             prepared = builder.as_dataset(split=split if is_expression else None)
             return _open_object(prepared, None if is_expression else split, wanted, name)
         split = _pick_split(split, [str(key) for key in files], name)
         if isinstance(builder, Parquet):
             return _open_parquet(name, list(files[split]), builder.info.features, wanted)
-        return _open_object(builder.as_streaming_dataset(split=split), None, wanted, name)
+        end_broken_streams()
+        stream = builder.as_streaming_dataset(split=split)
+        return _open_object(stream, None, wanted, name, files=[str(file) for file in files[split]])
     except DataError:
         raise
     except (DatasetsError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"cannot open {name}: {reason}") from error
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"cannot open {name}: {first_line}") from error
+
+
+def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str | None) -> Any:
+    """The builder of `datasets` for a name on the Hub, a folder, or a format and its files.
+
+    Raises:
+        UnreachableError: it is not here and could not be fetched.
+    """
+    from datasets import load_dataset_builder
+
+    if data_files is None and not os.path.isdir(path):
+        repository, revision = split_revision(path)
+        commit = pin_commit(repository, revision)
+
+        def load() -> Any:
+            builder = load_dataset_builder(repository, name=config_name, revision=commit)
+            if commit and builder.hash != commit:  # after a failure, what an earlier download left
+                raise ConnectionError(f"the Hub does not answer, and the cache holds another {repository}")
+            return builder
+
+        return repeated(f"open {path}", load)
+
+    def load_files() -> Any:
+        return load_dataset_builder(path, name=config_name, data_files=data_files)
+
+    are_remote = data_files is not None and any(map(is_remote, chain(*data_files.values())))
+    return repeated(f"open {path}", load_files) if are_remote else load_files()
+
+
+def _download(builder: Any, name: str) -> None:
+    """Downloads and converts what a builder found, unless it is in the cache."""
+    with said_while_slow(lambda: f"downloading {name}"):
+        repeated(f"download {name}", builder.download_and_prepare)
 
 
 def _open_parquet(
@@ -170,15 +236,19 @@ def _open_parquet(
     import pyarrow.parquet as pq
     from datasets import Features
 
-    def read_metadata(file: str) -> pq.FileMetaData:
+    def read_metadata(file: DataFile) -> pq.FileMetaData:
         try:
-            with open_file(file) as handle:
-                return pq.ParquetFile(handle).metadata
+            return file.read(lambda handle: pq.ParquetFile(handle).metadata)
         except pa.ArrowInvalid as error:
-            raise DataError(f"{file} is not a parquet file: {error}") from error
+            raise DataError(f"{file.path} is not a parquet file: {error}") from error
 
-    with ThreadPoolExecutor(16) as pool:
-        metadata = list(pool.map(read_metadata, files))
+    metadata: list[pq.FileMetaData] = []
+    with (
+        ThreadPoolExecutor(OPEN_THREADS) as pool,
+        said_while_slow(lambda: f"{name}: {len(metadata)} of {len(files)} parquet files opened"),
+    ):
+        for data in pool.map(read_metadata, map(DataFile, files)):
+            metadata.append(data)
     schemas = [data.schema.to_arrow_schema() for data in metadata]
     columns = find_columns(features or Features.from_arrow_schema(schemas[0]), wanted, name)
     for file, schema in zip(files, schemas, strict=True):
@@ -186,7 +256,10 @@ def _open_parquet(
     return ParquetSource(name, files, columns, metadata)
 
 
-def _open_object(dataset: Any, split: str | None, wanted: Columns, name: str) -> ImageSource:
+def _open_object(
+    dataset: Any, split: str | None, wanted: Columns, name: str, files: list[str] | None = None
+) -> ImageSource:
+    """A source for an object of `datasets`; `files` are those a stream reads, one for each of its shards."""
     from datasets import Dataset, IterableDataset
 
     if isinstance(dataset, dict):
@@ -197,7 +270,7 @@ def _open_object(dataset: Any, split: str | None, wanted: Columns, name: str) ->
         features = dataset.features or features_of(next(iter(dataset), {}))
         if not features:
             raise DataError(f"{name} has no rows; give a dataset with at least one image")
-        return SequentialSource(name, dataset, find_columns(features, wanted, name))
+        return SequentialSource(name, dataset, find_columns(features, wanted, name), files)
     raise DataError(
         f"cannot read images from a {type(dataset).__name__}; give a path, a Hub name or a datasets object"
     )

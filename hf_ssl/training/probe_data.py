@@ -1,8 +1,8 @@
 """Which labelled images a recipe's probe uses."""
 
-import contextlib
 from typing import Any
 
+from hf_ssl.data.remote import UnreachableError
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.images import read_rows
 from hf_ssl.training.recipes import DataArguments, RecipeError
@@ -54,10 +54,14 @@ def _require_labels_of_named_data(source: ImageSource, data: DataArguments) -> N
 def _train_and_test(dataset: str, data: DataArguments) -> list[str] | None:
     """Train and test split where both exist, else None."""
     for test in ("test", "validation"):
-        with contextlib.suppress(DataError):
+        try:
             for split in ("train", test):
                 open_images(dataset, split=split, config_name=data.config_name)
             return ["train", test]
+        except UnreachableError:  # a split that cannot be read is not one that does not exist
+            raise
+        except DataError:
+            continue
     return None
 
 

@@ -52,7 +52,8 @@ class DataArguments:
     """Where images come from, and the labelled images that probes use.
 
     Attributes:
-        dataset: Hub name, local folder of images, parquet or tar files, or "sample"; a list mixes several.
+        dataset: Hub name (with @ a branch, tag or commit; a run stores the commit it reads), local folder of
+            images, parquet or tar files, or "sample"; a list mixes several.
         config_name: configuration of a Hub dataset; of the sample: a design.
         split: split to train on.
         image_column: column of the images; None finds it by its type.

@@ -27,6 +27,7 @@ from hf_ssl.training.checkpoints import (
     write_failed,
 )
 from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
+from hf_ssl.training.pinning import pin_datasets
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.probes import OnlineProbe
 from hf_ssl.training.processes import on_first_process
@@ -247,7 +248,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
     """Open the data, build the model and put both into a trainer.
 
     Args:
-        recipe: all values.
+        recipe: all values; datasets on the Hub are pinned to the commit they have now.
         folder: of the run; nothing is written before training.
         args: the recipe's training arguments, where they have been built already.
 
@@ -259,6 +260,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
     args = args or training_arguments(recipe, str(folder))
     args.output_dir = str(folder)
     set_seed(args.seed)
+    recipe.data = on_first_process(args, lambda: pin_datasets(recipe.data))
     sources = open_sources(recipe.data)
     try:
         processor = METHODS[recipe.method].processor_class.for_image_size(
@@ -330,7 +332,10 @@ def _train_and_save(trainer: SSLTrainer, folder: Path, checkpoint: Path | None) 
     _measure_floors(trainer, folder)
     with StopOnInterrupt() as stopper:
         trainer.add_callback(stopper)
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        try:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        except DataError as error:
+            raise DataError(f"{error}{_way_on(folder)}") from error
     _report_bad_images(trainer)
     if stopper.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(
@@ -339,6 +344,14 @@ def _train_and_save(trainer: SSLTrainer, folder: Path, checkpoint: Path | None) 
         )
     scores = _final_scores(trainer)
     return Run(folder, scores, _save(trainer, folder, scores), trainer)
+
+
+def _way_on(folder: Path) -> str:
+    """What can be done about a run that data ended, if it left a checkpoint."""
+    left = checkpoints(folder)
+    if not left:
+        return ""
+    return f"; continue from {left[-1].name} with: hf-ssl train --resume {shlex.quote(str(folder))}"
 
 
 def _measure_floors(trainer: SSLTrainer, folder: Path) -> None:

@@ -122,15 +122,6 @@ def test_parquet_at_an_address_is_read_through_fsspec(numbered_rows: Rows):
     assert numbers(open_images("memory://images/train.parquet")) == [0, 1, 2, 3, 4]
 
 
-def test_name_that_the_hub_does_not_know_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch):
-    def fail(*args: object, **kwargs: object) -> None:
-        raise ConnectionError("Couldn't reach 'me/nothing' on the Hub\nand more")
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", fail)
-    with pytest.raises(DataError, match="^cannot open me/nothing: Couldn't reach 'me/nothing' on the Hub$"):
-        open_images("me/nothing")
-
-
 def test_sub_folders_are_labels(tmp_path: Path, numbered_png: Encode):
     write_images(
         tmp_path, numbered_png, {"dog/deep/a.png": 1, "cat/b.png": 2, "dog/c.PNG": 3, "cat/.hidden.png": 4}
