@@ -28,7 +28,7 @@ ALLOWED = {
     "data": ["hf_ssl.data", "hf_ssl.modeling.shared"],
     "evaluation": ["hf_ssl.evaluation", "hf_ssl.modeling", "hf_ssl.data"],
     "pictures": ["hf_ssl.pictures", "hf_ssl.modeling", "hf_ssl.data"],
-    "hub": ["hf_ssl.hub", "hf_ssl.modeling"],
+    "hub": ["hf_ssl.hub", "hf_ssl.modeling", "hf_ssl.__version__"],
     "training": [
         f"hf_ssl.{name}" for name in ("training", "modeling", "data", "evaluation", "pictures", "hub")
     ],

@@ -20,6 +20,8 @@ class Method:
         family: what the method does, in two words.
         paper: arXiv number of the main paper.
         summary: the idea in one line.
+        title: of the paper, for its citation.
+        authors: of the paper, as BibTeX writes them.
     """
 
     name: str
@@ -27,6 +29,8 @@ class Method:
     family: str
     paper: str
     summary: str
+    title: str = ""
+    authors: str = ""
 
     def _get(self, suffix: str) -> Any:
         return getattr(import_module(f"hf_ssl.modeling.{self.name}"), self.prefix + suffix)
@@ -61,9 +65,17 @@ METHODS = {
             "contrastive",
             "2002.05709",
             "two views attract, all other images of the batch repel",
+            "A Simple Framework for Contrastive Learning of Visual Representations",
+            "Ting Chen and Simon Kornblith and Mohammad Norouzi and Geoffrey Hinton",
         ),
         Method(
-            "moco", "MoCo", "contrastive", "2003.04297", "a query finds its key among a queue of older keys"
+            "moco",
+            "MoCo",
+            "contrastive",
+            "2003.04297",
+            "a query finds its key among a queue of older keys",
+            "Improved Baselines with Momentum Contrastive Learning",
+            "Xinlei Chen and Haoqi Fan and Ross Girshick and Kaiming He",
         ),
         Method(
             "mocov3",
@@ -71,10 +83,33 @@ METHODS = {
             "contrastive",
             "2104.02057",
             "predictions find the other view's key among the batch; made for ViTs",
+            "An Empirical Study of Training Self-Supervised Vision Transformers",
+            "Xinlei Chen and Saining Xie and Kaiming He",
         ),
-        Method("mae", "MAE", "masked", "2111.06377", "encode a quarter of the patches, reconstruct the rest"),
+        Method(
+            "mae",
+            "MAE",
+            "masked",
+            "2111.06377",
+            "encode a quarter of the patches, reconstruct the rest",
+            "Masked Autoencoders Are Scalable Vision Learners",
+            "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Doll{\\'a}r and Ross Girshick",
+        ),
     )
 }
+
+
+def method_of(config: Any) -> Method:
+    """The method that a config (an object, or the content of its file) belongs to.
+
+    Raises:
+        ValueError: none of ours.
+    """
+    model_type = config.get("model_type") if isinstance(config, dict) else config.model_type
+    for method in METHODS.values():
+        if method.config_class.model_type == model_type:
+            return method
+    raise ValueError(f"model_type '{model_type}' is no method of hf_ssl")
 
 
 def register() -> None:

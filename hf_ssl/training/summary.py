@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.recipes import Recipe
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -15,7 +14,7 @@ def describe_run(recipe: Recipe, trainer: SSLTrainer) -> str:
     lines = [f"method    {recipe.method} (recipe {recipe.name})"]
     lines += [f"data      {source.describe()}" for source in trainer.sources]
     lines += [
-        f"backbone  {_describe_backbone(model)}, {encoder / 1e6:.2f} M parameters "
+        f"backbone  {model.config.backbone_config.describe()}, {encoder / 1e6:.2f} M parameters "
         f"({trained / 1e6:.2f} M trained with heads)",
         f"training  {_describe_training(trainer)}",
         f"folder    {trainer.args.output_dir}",
@@ -36,15 +35,4 @@ def _describe_training(trainer: SSLTrainer) -> str:
         + (f" = {epochs:.1f} epochs" if epochs else "")
         + f" ({batch}), {args.optimizer}, learning rate {args.learning_rate:g}, "
         + ("bf16" if args.bf16 else "fp16" if args.fp16 else "fp32")
-    )
-
-
-def _describe_backbone(model: SSLForPreTraining) -> str:
-    config: Any = model.config.backbone_config
-    if config.model_type == "hf_ssl_timm":
-        stem = f", 3x3 stem of stride {config.small_stem_stride}" if config.small_stem_stride else ""
-        return f"timm {config.architecture} at {config.image_size} px{stem}"
-    return (
-        f"ViT of width {config.hidden_size}, {config.num_hidden_layers} layers, patch {config.patch_size} "
-        f"at {config.image_size} px"
     )

@@ -75,8 +75,11 @@ class SSLTimmBackbone(nn.Module):
 
 
 def _create_timm_model(config: SSLTimmConfig) -> nn.Module:
-    import timm
-
+    # Caught, because transformers refuses remote code that imports what is not there, except in a `try`.
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"the backbone '{config.architecture}' needs timm: pip install timm") from error
     arguments = {"num_classes": 0, "in_chans": config.num_channels, **(config.model_args or {})}
     try:
         network = timm.create_model(config.architecture, pretrained=False, **arguments)
@@ -108,9 +111,13 @@ def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
 
 
 def build_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> SSLViTBackbone | SSLTimmBackbone:
-    """Build the backbone that the `backbone_config` of a finished config describes."""
-    if isinstance(config, SSLViTConfig):
-        return SSLViTBackbone(config)
-    if isinstance(config, SSLTimmConfig):
-        return SSLTimmBackbone(config)
+    """Build the backbone that the `backbone_config` of a finished config describes.
+
+    Told apart by `model_type`: of remote code in a local folder transformers loads a second copy of our classes.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type == SSLViTConfig.model_type:
+        return SSLViTBackbone(config)  # type: ignore[arg-type]
+    if model_type == SSLTimmConfig.model_type:
+        return SSLTimmBackbone(config)  # type: ignore[arg-type]
     raise ValueError(f"no backbone for {type(config).__name__}; use SSLViTConfig or SSLTimmConfig")

@@ -103,6 +103,13 @@ class SSLViTConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
 
+    def describe(self) -> str:
+        """The network in a few words."""
+        return (
+            f"ViT of width {self.hidden_size}, {self.num_hidden_layers} layers, patch {self.patch_size} "
+            f"at {self.image_size} px"
+        )
+
     @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patch tokens: class token and registers."""
@@ -139,6 +146,11 @@ class SSLTimmConfig(PreTrainedConfig):
         """Refuse strides that cannot be exported."""
         if self.small_stem_stride not in (None, 0, 1, 2):
             raise ValueError(f"small_stem_stride must be 0, 1 or 2, got {self.small_stem_stride}")
+
+    def describe(self) -> str:
+        """The network in a few words."""
+        stem = f", 3x3 stem of stride {self.small_stem_stride}" if self.small_stem_stride else ""
+        return f"timm {self.architecture} at {self.image_size} px{stem}"
 
     @property
     def num_prefix_tokens(self) -> int:

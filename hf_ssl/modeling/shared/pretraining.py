@@ -48,7 +48,7 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def _share_attention_implementation(self) -> None:
         for module in self.modules():
-            if isinstance(getattr(module, "config", None), SSLViTConfig):
+            if getattr(getattr(module, "config", None), "model_type", None) == SSLViTConfig.model_type:
                 module.config._attn_implementation = self.config._attn_implementation  # type: ignore[union-attr]
 
     def set_attn_implementation(
