@@ -1,9 +1,15 @@
-"""Landing an encoder in a native class. Importing this is cheap; public names load when first used."""
+"""Landing an encoder in a native class, and publishing it with all the rest. Importing this is cheap; public names load when first used."""
 
 import importlib
 from typing import Any
 
-_HOME_OF = {"ExportReport": "hf_ssl.hub.landing", "export_encoder": "hf_ssl.hub.landing"}
+_HOME_OF = {
+    "ExportReport": "hf_ssl.hub.landing",
+    "export_encoder": "hf_ssl.hub.landing",
+    "PublishError": "hf_ssl.hub.publishing",
+    "prepare_repository": "hf_ssl.hub.publishing",
+    "publish": "hf_ssl.hub.publishing",
+}
 
 __all__ = [*_HOME_OF]
 

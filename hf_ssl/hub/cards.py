@@ -11,6 +11,7 @@ import yaml
 
 from hf_ssl import __version__
 from hf_ssl.hub.locations import PRETRAINING, is_local_name
+from hf_ssl.hub.native import loading_lines
 from hf_ssl.modeling import Method, method_of
 
 if TYPE_CHECKING:
@@ -66,6 +67,11 @@ class RunRecord:
     def data(self) -> dict[str, Any]:
         """Section data of the recipe."""
         return self.recipe.get("data") or {}
+
+    @property
+    def has_pretraining(self) -> bool:
+        """Whether there is more than an encoder."""
+        return list(self.config.architectures or []) != [self.method.model_class.__name__]
 
     @property
     def datasets(self) -> list[str]:
@@ -131,6 +137,7 @@ def build_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         title=title.rpartition("/")[2],
         repo_id=repo_id,
+        has_pretraining=record.has_pretraining and repo_id is not None,
         method=method,
         backbone=record.config.backbone_config.describe(),
         parameters=f"{report.num_parameters / 1e6:.2f}",
@@ -138,7 +145,7 @@ def build_card(
         training=_describe_training(record),
         data=describe_data(record),
         start=_start(record),
-        how_to_load="\n".join(report.loading_lines(repo_id or "encoder", from_hub=repo_id is not None)),
+        how_to_load="\n".join(loading_lines(report.native_class, repo_id or "encoder", repo_id is not None)),
         notes=report.notes,
         rows=scores["rows"],
         protocol=scores["protocol"],
@@ -224,7 +231,7 @@ def _describe_training(record: RunRecord) -> str:
 
 def is_local_data(name: str) -> bool:
     """Whether a recipe's name of data or of a starting point is a path."""
-    return is_local_name(name) or name.endswith((".parquet", ".tar")) or "/" not in name or Path(name).exists()
+    return is_local_name(name) or name.endswith((".parquet", ".tar")) or Path(name).exists()
 
 
 def public_name(name: str) -> str:
@@ -327,5 +334,5 @@ def citation(method: Method) -> str:
         "eprint": method.paper,
         "archivePrefix": "arXiv",
     }
-    lines = ",\n".join(f"  {key} = {{{value}}}" for key, value in fields.items())
-    return f"@misc{{{method.name}, \n{lines}\n}}".replace(", \n", ",\n", 1)
+    lines = [f"  {key} = {{{value}}}" for key, value in fields.items()]
+    return ",\n".join([f"@misc{{{method.name}", *lines]) + "\n}"

@@ -15,9 +15,10 @@ import torch
 from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
 from hf_ssl.hub.landing_timm import land_timm
 from hf_ssl.hub.landing_vit import land_vit
-from hf_ssl.hub.native import Landing
+from hf_ssl.hub.locations import locate
+from hf_ssl.hub.native import Landing, loading_lines
 from hf_ssl.hub.parity import check_parity
-from hf_ssl.modeling import METHODS
+from hf_ssl.modeling import method_of
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
@@ -39,6 +40,7 @@ class ExportReport:
         max_abs_difference: of features and pooled output between our encoder and the reloaded one, float32.
         notes: what a user of the folder should know; cards print them.
         how_to_load: Python lines that work without this package.
+        num_parameters: of our encoder.
     """
 
     native_class: str
@@ -46,6 +48,7 @@ class ExportReport:
     max_abs_difference: float
     notes: tuple[str, ...]
     how_to_load: tuple[str, ...]
+    num_parameters: int
 
 
 def export_encoder(
@@ -57,8 +60,8 @@ def export_encoder(
     """Write the encoder as a native model.
 
     Args:
-        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch), or the folder of a
-            run or checkpoint.
+        model_or_run_folder: an `<M>Model`, an `<M>ForPreTraining` (its published branch), the folder of a run
+            or checkpoint, or a published repository (`owner/name` or `owner/name@revision`).
         folder: target; absent, empty or an earlier export.
         processor: the image processor; None takes the run folder's, else the method's own.
         overwrite: replace whatever the target holds.
@@ -69,7 +72,7 @@ def export_encoder(
     Raises:
         FileExistsError: the target holds something else.
         FileNotFoundError: the run folder holds no checkpoint.
-        ValueError: no native class computes what the encoder computes, or the reloaded export differs.
+        ValueError: there is no such folder, it needs code of its own, no native class computes what the encoder computes, or the reloaded export differs.
     """
     folder = Path(folder).absolute()
     _refuse_to_replace_source(model_or_run_folder, folder)
@@ -78,18 +81,19 @@ def export_encoder(
     backbone = _plain_copy(model)
     _check_channels(backbone, processor)
     landing = _land(backbone, processor)
-    differences = []
+    differences: list[float] = []
+    size = sum(value.numel() for value in backbone.parameters())
 
     def write(partial: Path) -> None:
         landing.write(partial)
         differences.append(check_parity(backbone, processor, landing, partial))
         # Without the path: the file may be published.
-        report = _report(landing, ".", differences[0], notes)
+        report = _report(landing, ".", differences[0], notes, size)
         (partial / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     write_whole_folder(folder, write)
     logger.info("exported %s to %s, difference %.1e", landing.native_class, folder, differences[0])
-    return _report(landing, str(folder), differences[0], notes)
+    return _report(landing, str(folder), differences[0], notes, size)
 
 
 def _land(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
@@ -110,18 +114,19 @@ def _load(
 
     model, notes = model_or_run_folder, []
     if isinstance(model, str | Path):
-        run = Path(model)
-        if not (run / "config.json").is_file():
+        location = locate(model)
+        subfolder = location.subfolder()
+        if location.file("config.json", subfolder) is None:
             raise FileNotFoundError(
-                f"{run} holds no config.json; give the folder of a run or of a checkpoint"
+                f"{location} holds no config.json; give the folder of a run or of a checkpoint"
             )
-        model = AutoModel.from_pretrained(run, dtype=torch.float32)
-        if processor is None and (run / "preprocessor_config.json").is_file():
-            processor = AutoImageProcessor.from_pretrained(run)
+        model = location.load(AutoModel, subfolder, dtype=torch.float32)
+        if processor is None and location.file("preprocessor_config.json", subfolder) is not None:
+            processor = location.load(AutoImageProcessor, subfolder)
     if not isinstance(model, SSLModel | SSLForPreTraining):
         raise ValueError(f"{type(model).__name__} is no model of this package; it may be native already")
     if processor is None:
-        method = next(method for method in METHODS.values() if isinstance(model.config, method.config_class))
+        method = method_of(model.config)
         processor = method.processor_class.for_image_size(model.config.image_size)
         notes.append(
             f"no image processor was given: the folder has {method.prefix}'s own for the training size"
@@ -148,16 +153,14 @@ def _check_channels(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLIm
         )
 
 
-def _report(landing: Landing, folder: str, difference: float, notes: list[str]) -> ExportReport:
-    lines = [
-        "from transformers import AutoImageProcessor, AutoModel",
-        f'model = AutoModel.from_pretrained("{folder}")',
-        f'processor = AutoImageProcessor.from_pretrained("{folder}")',
-    ]
-    if landing.native_class == "TimmWrapperModel":
-        lines += [
-            "import timm",
-            f'model = timm.create_model("local-dir:{folder}", pretrained=True)',
-            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
-        ]
-    return ExportReport(landing.native_class, folder, difference, (*notes, *landing.notes), tuple(lines))
+def _report(
+    landing: Landing, folder: str, difference: float, notes: list[str], num_parameters: int
+) -> ExportReport:
+    return ExportReport(
+        landing.native_class,
+        folder,
+        difference,
+        (*notes, *landing.notes),
+        tuple(loading_lines(landing.native_class, folder)),
+        num_parameters,
+    )

@@ -47,3 +47,25 @@ def processor_geometry(processor: Any) -> tuple[int, int, int | None]:
         f"cannot export a processor with size {dict(size)} and do_center_crop {processor.do_center_crop}; "
         "use for_image_size of the method's image processor"
     )
+
+
+def loading_lines(native_class: str, name: str, from_hub: bool = False) -> list[str]:
+    """Python lines that load a native encoder without this package.
+
+    Args:
+        native_class: class that `AutoModel` builds.
+        name: folder, or `owner/name`.
+        from_hub: whether `name` is a repository.
+    """
+    lines = [
+        "from transformers import AutoImageProcessor, AutoModel",
+        f'model = AutoModel.from_pretrained("{name}")',
+        f'processor = AutoImageProcessor.from_pretrained("{name}")',
+    ]
+    if native_class == "TimmWrapperModel":
+        lines += [
+            "import timm",
+            f'model = timm.create_model("{"hf-hub" if from_hub else "local-dir"}:{name}", pretrained=True)',
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))",
+        ]
+    return lines

@@ -9,6 +9,7 @@ import ast
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,20 @@ def method_modules(method: Any) -> list[str]:
     return [f"{folder}.{kind}_{method.name}" for kind in kinds]
 
 
-def auto_maps(method: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """`auto_map` of a method's config.json, and of its preprocessor_config.json."""
+def auto_map(method: Any) -> dict[str, str]:
+    """Where transformers finds a method's classes among the flat files; the same for model and processor.
+
+    In a local folder whose root is a timm model, transformers looks for the processor in config.json.
+    """
     configuration, modeling, image_processing = (
         module.rpartition(".")[2] for module in method_modules(method)
     )
-    model = {
+    return {
         "AutoConfig": f"{configuration}.{method.config_class.__name__}",
         "AutoModel": f"{modeling}.{method.model_class.__name__}",
         "AutoModelForPreTraining": f"{modeling}.{method.pretraining_class.__name__}",
+        "AutoImageProcessor": f"{image_processing}.{method.processor_class.__name__}",
     }
-    return model, {"AutoImageProcessor": f"{image_processing}.{method.processor_class.__name__}"}
 
 
 def flat_code(modules: Iterable[str], package: str = PACKAGE) -> dict[str, str]:
@@ -74,6 +78,13 @@ def write_flat_code(method: Any, folder: Path) -> list[str]:
     for name, source in files.items():
         (folder / name).write_text(source, encoding="utf-8")
     return sorted(files)
+
+
+@cache
+def known_code_files() -> frozenset[str]:
+    """Names of all files that `write_flat_code` can write, for whichever method."""
+    folder = Path(str(find_spec(f"{PACKAGE}.modeling").submodule_search_locations[0]))  # type: ignore
+    return frozenset(path.name for path in folder.rglob("*.py") if path.name != "__init__.py")
 
 
 def _source_of(module: str) -> str:

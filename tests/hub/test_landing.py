@@ -344,8 +344,11 @@ def test_a_run_is_never_replaced_by_its_own_export(tmp_path):
     build("mae", "pretraining_class").save_pretrained(tmp_path / "run")
     with pytest.raises(ValueError, match="would replace the run"):
         export_encoder(tmp_path / "run", tmp_path / "run", overwrite=True)
-    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+    with pytest.raises(ValueError, match="there is no folder '.*elsewhere'"):
         export_encoder(tmp_path / "elsewhere", tmp_path / "vit")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds no config.json"):
+        export_encoder(tmp_path / "empty", tmp_path / "vit")
     export_encoder(tmp_path / "run", tmp_path / "run" / "encoder")
     with pytest.raises(ValueError, match="ViTModel is no model of this package"):
         export_encoder(tmp_path / "run" / "encoder", tmp_path / "vit")
