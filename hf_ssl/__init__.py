@@ -22,7 +22,7 @@ _HOMES = {
     "hf_ssl.modeling.shared.configuration": ("SSLTimmConfig", "SSLViTConfig"),
     "hf_ssl.data": ("load_sample", "open_images"),
     "hf_ssl.training": ("SSLTrainer", "SSLTrainingArguments", "train"),
-    "hf_ssl.hub": ("export_encoder",),
+    "hf_ssl.hub": ("export_encoder", "publish"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

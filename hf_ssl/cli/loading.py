@@ -8,17 +8,16 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     """The encoder of a run, of a native folder or of a Hub name, with its image processor.
 
     Raises:
-        ValueError: there is no model there.
+        ValueError: there is no model there, or it needs code of its own.
     """
     from transformers import AutoImageProcessor, AutoModel
 
-    folder = Path(run_or_name)
-    looks_local = run_or_name.startswith((".", "/", "~")) or run_or_name.count("/") != 1
-    if folder.exists() or looks_local:
-        if not (folder / "config.json").is_file():
-            raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
-    model = AutoModel.from_pretrained(run_or_name)
-    return model.eval(), AutoImageProcessor.from_pretrained(run_or_name)
+    from hf_ssl.hub.locations import locate
+
+    location = locate(run_or_name)
+    if location.is_folder and location.file("config.json") is None:
+        raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
+    return location.load(AutoModel).eval(), location.load(AutoImageProcessor)
 
 
 def run_recipe(run: str) -> Any:

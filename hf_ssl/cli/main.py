@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hf_ssl.cli import embed, evaluate, export, methods, show, train
+from hf_ssl.cli import embed, evaluate, export, methods, push, show, train
 
 app = typer.Typer(
     help="Pre-train, check, export and use self-supervised vision encoders.",
@@ -22,6 +22,7 @@ app.command("train", context_settings=KEYS_ALLOWED)(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("embed")(embed.embed)
 app.command("export")(export.export)
+app.command("push")(push.push)
 app.command("show")(show.show)
 
 

@@ -14,8 +14,12 @@ def train(
     output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of the run.")] = None,
     resume: Annotated[str | None, typer.Option(help="Continue the run in this folder.")] = None,
     init_from: Annotated[
-        str | None, typer.Option("--init_from", help="Start from this checkpoint or encoder.")
+        str | None,
+        typer.Option("--init_from", help="Start from this folder, owner/name[@revision] or timm model."),
     ] = None,
+    allow_new_heads: Annotated[
+        bool, typer.Option("--allow_new_heads", help="Start afresh what --init_from lacks beside the encoder.")
+    ] = False,
 ) -> None:
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
     from hf_ssl.cli.keys import parse_keys
@@ -28,7 +32,13 @@ def train(
         raise ValueError(f"the method is given twice: {method} and --method {keys['method']}")
     method = keys.pop("method", method)
     run = run_training(
-        method, recipe=recipe, output_dir=output_dir, resume=resume, init_from=init_from, **keys
+        method,
+        recipe=recipe,
+        output_dir=output_dir,
+        resume=resume,
+        init_from=init_from,
+        allow_new_heads=allow_new_heads,
+        **keys,
     )
     _leave_processes()
     if not run.trainer.is_world_process_zero():
@@ -38,7 +48,8 @@ def train(
     typer.echo(
         f"\nrun       {run.folder}\n"
         f"encoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
-        f"next      hf-ssl show {run.folder}\n"
+        + (f"published {run.url}\n" if run.url else "")
+        + f"next      hf-ssl show {run.folder}\n"
         f"          hf-ssl evaluate {run.folder} --dataset NAME_OR_FOLDER\n"
         f'          python -c "from transformers import AutoModel; '
         f"AutoModel.from_pretrained('{run.folder / 'encoder'}')\""

@@ -43,9 +43,7 @@ def rewrite_small_stem(own: Any, stock: Any, stride: int) -> dict[str, Tensor]:
     kernel = torch.zeros_like(stock.conv1.weight)
     taps = torch.tensor(_KERNEL_TAPS[stride])
     kernel[:, :, taps[:, None], taps[None, :]] = own.conv1.weight
-    pick = torch.zeros_like(pool.weight)
-    channels = torch.arange(len(pick))
-    pick[channels, channels, _POOL_TAP[stride], _POOL_TAP[stride]] = 1
+    pick = _picking_kernel(pool.weight, stride)
     mean_C, variance_C = _moments_after_relu(own.bn1.weight, own.bn1.bias)
     weight_C, variance_C = _identity_norm(mean_C, variance_C, norm.eps)
     return {
@@ -57,6 +55,41 @@ def rewrite_small_stem(own: Any, stock: Any, stride: int) -> dict[str, Tensor]:
         "maxpool.1.running_var": variance_C,
         "maxpool.1.num_batches_tracked": torch.zeros((), dtype=torch.long),
     }
+
+
+def restore_small_stem(state: dict[str, Tensor], stride: int) -> dict[str, Tensor]:
+    """Undo `rewrite_small_stem`: our tensors from those of a stock timm network; exact.
+
+    Args:
+        state: tensors of the stock network, as `rewrite_small_stem` left them.
+        stride: of our 3x3 convolution, 1 or 2.
+
+    Raises:
+        ValueError: another stem, or one that was trained after the export: it computes what ours cannot.
+    """
+    kernel, pick = state["conv1.weight"], state.get("maxpool.0.weight")
+    taps = torch.tensor(_KERNEL_TAPS[stride])
+    is_ours = pick is not None and kernel.shape[-1] == 7 and torch.equal(pick, _picking_kernel(pick, stride))
+    if is_ours:
+        small = kernel[:, :, taps[:, None], taps[None, :]].clone()
+        spread = torch.zeros_like(kernel)
+        spread[:, :, taps[:, None], taps[None, :]] = small
+        is_ours = torch.equal(spread, kernel)
+    if not is_ours:
+        raise ValueError(
+            f"its stem was not exported from a small stem of stride {stride}, or was trained since; give the "
+            "run it comes from, or small_stem_stride=0 and larger images"
+        )
+    rest = {name: value for name, value in state.items() if not name.startswith("maxpool.")}
+    return {**rest, "conv1.weight": small}
+
+
+def _picking_kernel(like: Tensor, stride: int) -> Tensor:
+    """Convolution kernel that picks single positions, one a channel."""
+    pick = torch.zeros_like(like)
+    channels = torch.arange(len(pick))
+    pick[channels, channels, _POOL_TAP[stride], _POOL_TAP[stride]] = 1
+    return pick
 
 
 def _stem_pool(stock: Any) -> tuple[nn.Conv2d, nn.BatchNorm2d]:

@@ -10,8 +10,31 @@ from PIL import Image
 from hf_ssl.pictures.canvas import COLORS, FAINT, INK
 
 _SCORES = {"knn": "kNN", "linear": "linear probe"}
+_Series = dict[str, tuple[list[float], list[float]]]  # steps and values by name
+_FLOORS = ("eval_pixels", "eval_random")
 _PANEL_INCHES, _LEGEND_INCHES = (4.0, 3.1), 2.2
 _DASHES = ((5, 3), (1.5, 2), (7, 2, 1.5, 2), (10, 4))
+
+
+def draw_history(log_history: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    """Draws the log of a trainer: its scores over steps, the floors logged beside them as lines.
+
+    Args:
+        log_history: as in `trainer_state.json`.
+
+    Returns:
+        The picture; None where nothing that could be drawn was logged.
+    """
+    last: Mapping[str, Any] = next((entry for entry in reversed(log_history) if "eval_knn" in entry), {})
+    floors = {
+        name.removeprefix("eval_").replace("_", " "): value
+        for name, value in last.items()
+        if name.startswith(_FLOORS)
+    }
+    scores = [
+        {key: value for key, value in entry.items() if not key.startswith(_FLOORS)} for entry in log_history
+    ]
+    return draw_curves(scores, baselines=floors) if _panels(_series(scores))[0] else None
 
 
 def draw_curves(
@@ -38,8 +61,7 @@ def draw_curves(
     from matplotlib.figure import Figure
 
     series = _series(log_history)
-    scores = {name: s for name, s in series.items() if any(word in name for word in _SCORES)}
-    panels = [name for name in ("loss", "learning_rate") if name in series] + (["scores"] if scores else [])
+    panels, scores = _panels(series)
     if not panels:
         raise ValueError("the log has no loss, learning_rate or score; nothing to draw")
     figure = Figure(
@@ -67,7 +89,13 @@ def draw_curves(
     return Image.open(buffer).convert("RGB")
 
 
-def _series(log_history: Sequence[Mapping[str, Any]]) -> dict[str, tuple[list[float], list[float]]]:
+def _panels(series: _Series) -> tuple[list[str], _Series]:
+    """Names of the panels, and the series of the one of scores."""
+    scores = {name: s for name, s in series.items() if any(word in name for word in _SCORES)}
+    return [name for name in ("loss", "learning_rate") if name in series] + ["scores"] * bool(scores), scores
+
+
+def _series(log_history: Sequence[Mapping[str, Any]]) -> _Series:
     """Steps and values of every logged number; of a step logged twice (resumed), the later one counts."""
     values: dict[str, dict[float, float]] = {}
     for entry in log_history:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.trainer_utils import HubStrategy
 
 from hf_ssl.training.optimizers import LARS_VARIANTS, OPTIMIZERS
 from hf_ssl.training.schedules import LEARNING_RATE_SCHEDULES, scaled_learning_rate
@@ -103,6 +104,11 @@ class SSLTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
             raise ValueError("fsdp on a CPU would be plain data parallelism without a word; leave fsdp out")
+        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+            raise ValueError(
+                f"hub_strategy {self.hub_strategy.value} would publish pickles (optimizer.pt, rng_state.pth); use "
+                "every_save or end"
+            )
         choices = {
             "lars_variant": LARS_VARIANTS,
             "clip_mode": ("global", "per_tensor"),

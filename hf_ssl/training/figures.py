@@ -15,7 +15,7 @@ from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import read_rows
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
-from hf_ssl.pictures.curves import draw_curves
+from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
 from hf_ssl.pictures.reconstructions import draw_reconstructions
@@ -126,19 +126,7 @@ class _Figures:
         state = self.folder / "trainer_state.json"
         if not state.is_file():
             return None
-        history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
-        last: dict[str, Any] = next((entry for entry in reversed(history) if "eval_knn" in entry), {})
-        floors = {
-            name.removeprefix("eval_").replace("_", " "): value
-            for name, value in last.items()
-            if name.startswith(("eval_pixels", "eval_random"))
-        }
-        scores = [{key: value for key, value in entry.items() if not _is_floor(key)} for entry in history]
-        return draw_curves(scores, baselines=floors)
-
-
-def _is_floor(key: str) -> bool:
-    return key.startswith(("eval_pixels", "eval_random"))
+        return draw_history(json.loads(state.read_text(encoding="utf-8"))["log_history"])
 
 
 def _rows(source: Any, limit: int) -> list[Any]:

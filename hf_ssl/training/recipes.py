@@ -6,8 +6,8 @@ it belongs is found by looking it up in the method's config, its backbone's conf
 """
 
 import time
-from collections.abc import Set
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Set
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ import yaml
 from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import BACKBONE_CONFIGS, SSLConfig, resolve_backbone_config
+from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.names import unknown_name_message
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.values import dump_yaml, fit_types, load_yaml, parse_value
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
-SECTIONS = ("name", "method", "init_from", "model", "data", "training", "processor")
+SECTIONS = ("model", "data", "training", "processor")
+TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", *SECTIONS)
 PROCESSOR_KEYS = frozenset({"views", "image_mean", "image_std"})
+TOKEN_KEY = "hub_token"  # is used, and never written: files of a run are copied and published
 AUTO_BF16 = "auto"
 BF16_WORTH_IT = 1.3  # gain of a bare product below which casts and eager attention eat it up
 
@@ -96,7 +99,8 @@ class Recipe:
         data: see `DataArguments`.
         training: fields of `SSLTrainingArguments`.
         processor: `views`, `image_mean` or `image_std` of the image processor.
-        init_from: what the model started from; None: fresh weights.
+        init_from: what the model started from, a repository at its commit; None: fresh weights.
+        allow_new_heads: heads that the starting point lacks, or has in another shape, start fresh.
     """
 
     name: str
@@ -106,6 +110,7 @@ class Recipe:
     training: dict[str, Any] = field(default_factory=dict)
     processor: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
+    allow_new_heads: bool = False
 
     def config(self) -> SSLConfig:
         """The method's config.
@@ -119,9 +124,9 @@ class Recipe:
             raise RecipeError(_innermost_message(error)) from error
 
     def to_yaml(self) -> str:
-        """The recipe as a file that `load_recipe` reads."""
-        content = {"name": self.name, "method": self.method, "init_from": self.init_from, "model": self.model}
-        content |= {"data": asdict(self.data), "training": self.training, "processor": self.processor}
+        """The recipe as a file that `load_recipe` reads; a token is not part of it."""
+        content = {key: getattr(self, key) for key in TOP_KEYS} | {"data": asdict(self.data)}
+        content["training"] = {key: value for key, value in self.training.items() if key != TOKEN_KEY}
         return dump_yaml(content)
 
     def save(self, path: Path) -> None:
@@ -151,17 +156,17 @@ def load_recipe(name_or_path: str) -> Recipe:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "method" not in content:
         raise RecipeError(
-            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS[3:])}"
+            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS)}"
         )
     for section in content:
-        if section not in SECTIONS:
-            raise RecipeError(unknown_name_message(f"section of {path.name}", section, SECTIONS))
+        if section not in TOP_KEYS:
+            raise RecipeError(unknown_name_message(f"section of {path.name}", section, TOP_KEYS))
     check_method(content["method"])
     return _build(path.stem, content)
 
 
 def _build(name: str, content: dict[str, Any]) -> Recipe:
-    sections = {section: _section(section, content.get(section)) for section in SECTIONS[3:]}
+    sections = {section: _section(section, content.get(section)) for section in SECTIONS}
     _check_keys("data", sections["data"], _field_names(DataArguments))
     _check_keys("training", sections["training"], _field_names(SSLTrainingArguments))
     _check_keys("processor", sections["processor"], PROCESSOR_KEYS)
@@ -179,6 +184,7 @@ def _build(name: str, content: dict[str, Any]) -> Recipe:
         training={key: training.get(key, value) for key, value in sections["training"].items()},
         processor=sections["processor"],
         init_from=content.get("init_from"),
+        allow_new_heads=bool(content.get("allow_new_heads")),
     )
 
 
@@ -235,6 +241,42 @@ def override(recipe: Recipe, values: dict[str, Any]) -> Recipe:
             raise RecipeError(nearest_key_message(key, {"model_type"}.union(*(known for _, known in homes))))
         home[key] = value
     return _build(recipe.name, content)
+
+
+def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcessor | None) -> Recipe:
+    """The recipe with the model of a starting point in place of its own.
+
+    Args:
+        recipe: gives data and training; left as it is.
+        config: of a pre-training model of the recipe's method.
+        processor: its image processor; None: the recipe's own views and normalisation.
+    """
+    backbone = config.backbone_config
+    model = _own_values(config)
+    model["backbone_config"] = {"model_type": backbone.model_type, **_own_values(backbone)}  # type: ignore
+    options: dict[str, Any] = recipe.processor
+    if processor is not None:
+        options = {name: getattr(processor, name) for name in sorted(PROCESSOR_KEYS)}
+        # A view of the training size follows it when it is overridden.
+        options["views"] = [
+            {key: value for key, value in view.items() if (key, value) != ("size", config.image_size)}
+            for view in processor.views
+        ]
+    # Through YAML, as every recipe: plain lists, no tuples.
+    adopted = replace(recipe, model=_plain(model), processor=_plain(options))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def _own_values(config: Any) -> dict[str, Any]:
+    names = _own_fields(type(config)) & _field_names(type(config))
+    return {name: getattr(config, name) for name in sorted(names)}
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and sequences as YAML has them."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _drop_rivals(training: dict[str, Any], values: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import logging
 import shlex
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import set_seed
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
 from hf_ssl.hub.folders import write_whole_file
+from hf_ssl.hub.publishing import PublishError
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.training.arguments import SSLTrainingArguments
@@ -41,9 +42,11 @@ from hf_ssl.training.recipes import (
     load_recipe,
     override,
     training_arguments,
+    with_model_of,
 )
+from hf_ssl.training.publishing import complete_folder
 from hf_ssl.training.run_lock import LOCK_FILE, run_lock
-from hf_ssl.training.starting_points import build_model
+from hf_ssl.training.starting_points import build_model, find_starting_point
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -70,12 +73,14 @@ class Run:
         scores: last probe beside its floors; None without labels.
         native_class: class of the exported encoder.
         trainer: the trainer, for the model and the log.
+        url: of the commit that it was published by; None: it was not.
     """
 
     folder: Path
     scores: Scores | None
     native_class: str
     trainer: SSLTrainer
+    url: str | None = None
 
     def verdict(self) -> str:
         """Whether the encoder is above all floors by more than chance, in one line."""
@@ -99,6 +104,7 @@ def train(
     output_dir: str | None = None,
     resume: str | None = None,
     init_from: str | None = None,
+    allow_new_heads: bool = False,
     **overrides: Any,
 ) -> Run:
     """Pre-train an encoder.
@@ -109,7 +115,10 @@ def train(
         output_dir: folder of the run; by default a new one in `runs/`.
         resume: folder of an interrupted run to continue, or one of its checkpoints; excludes all the above,
             and `init_from`.
-        init_from: a pre-training checkpoint or an encoder to start from.
+        init_from: a pre-training checkpoint or an encoder to start from: a folder, `owner/name` or
+            `owner/name@revision` on the Hub, or a model of timm. Where it is of the same method and no recipe
+            is given, its model and views replace those of the tiny recipe.
+        allow_new_heads: start afresh what a checkpoint of the same method lacks, or has in another shape.
         **overrides: any key of the recipe by its plain name.
 
     Raises:
@@ -119,6 +128,7 @@ def train(
             the folder.
         TrainingDiverged: the loss is no longer a number.
         Interrupted: stopped by Ctrl-C after a checkpoint was written.
+        PublishError: `push_to_hub` was asked for and failed.
     """
     if resume is not None:
         given = {"method": method, "recipe": recipe, "output_dir": output_dir, "init_from": init_from}
@@ -127,16 +137,18 @@ def train(
                 raise RecipeError(
                     f"a resumed run has its {name} already; leave {name} out, or start a new run"
                 )
-        return _continue(Path(resume), overrides)
-    resolved = override(_choose_recipe(method, recipe), overrides)
-    resolved.init_from = init_from or resolved.init_from
+        return _published(_continue(Path(resume), overrides))
+    chosen = _started_from(_choose_recipe(method, recipe), init_from, adopt_model=recipe is None)
+    resolved = override(chosen, overrides)
+    resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:
         new_folder = _new_folder(output_dir, resolved.name)
         folder = on_first_process(args, lambda: stack.enter_context(new_folder))
         trainer = build_trainer(resolved, folder, args)
         _save_recipe(trainer, resolved, folder)
-        return _train_and_save(trainer, folder, checkpoint=None)
+        run = _train_and_save(trainer, folder, checkpoint=None)
+    return _published(run)
 
 
 def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
@@ -150,6 +162,37 @@ def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
     if method is not None and chosen.method != method:
         raise RecipeError(f"recipe {chosen.name} is for {chosen.method}, not {method}")
     return chosen
+
+
+def _started_from(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Recipe:
+    """The recipe with its starting point written down to the commit.
+
+    Raises:
+        RecipeError: there is nothing to start from.
+    """
+    name = init_from or recipe.init_from
+    if name is None:
+        return recipe
+    start = find_starting_point(name)
+    if adopt_model and start.is_of(recipe.method):
+        logger.info("model     as %s has it", start.location)
+        recipe = with_model_of(recipe, start.config, start.processor())
+    return replace(recipe, init_from=str(start.location))
+
+
+def _published(run: Run) -> Run:
+    """Push a finished run if its arguments ask for it; outside of what removes the folder of a failed run."""
+    args = run.trainer.args
+    if not args.push_to_hub:
+        return run
+    try:
+        commit = run.trainer.publish_folder()
+    except PublishError as error:
+        raise PublishError(
+            f"{error}; the run is whole, push it again with: hf-ssl push {shlex.quote(str(run.folder))} "
+            f"{run.trainer.hub_model_id}"
+        ) from error
+    return run if commit is None else replace(run, url=commit.commit_url)
 
 
 def _continue(named: Path, overrides: dict[str, Any]) -> Run:
@@ -394,15 +437,13 @@ def _final_scores(trainer: SSLTrainer) -> Scores | None:
 
 
 def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> str:
-    """Fill the run folder: checkpoint, log and the native encoder, whose class is returned.
+    """Fill the run folder: checkpoint, log, card and the native encoder, whose class is returned.
 
     Raises:
         CheckpointError: the disk is full; what was written is removed.
     """
-    from hf_ssl.hub import export_encoder
-
     try:
-        trainer.save_model(str(folder))
+        trainer.save_model(str(folder), _internal_call=True)  # a push comes later, with all the rest
         trainer.save_state()
     except WRITE_ERRORS as error:
         for name in FINAL_FILES:
@@ -412,4 +453,4 @@ def _save(trainer: SSLTrainer, folder: Path, scores: Scores | None) -> str:
         return ""
     if scores is not None:
         (folder / "scores.json").write_text(json.dumps(scores.to_dict(), indent=1), encoding="utf-8")
-    return export_encoder(folder, folder / "encoder", overwrite=True).native_class
+    return complete_folder(folder, trainer.state.log_history).native_class

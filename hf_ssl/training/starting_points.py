@@ -1,80 +1,183 @@
-"""What a run can start from: fresh weights, a pre-training checkpoint of its method, or any encoder."""
+"""What a run can start from: fresh weights, a pre-training checkpoint of its method, or any encoder.
 
+A starting point is a folder (a run, a checkpoint, a copy of a published repository, an encoder) or a name on
+the Hub, `owner/name` or `owner/name@revision`; a name without an owner is one of timm's models.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from hf_ssl.hub.locations import Location, locate
+from hf_ssl.hub.small_stem import restore_small_stem
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.recipes import Recipe, RecipeError
 
-PREFIXES = (
+logger = logging.getLogger(__name__)
+
+PREFIXES = (  # of the network's tensors in our encoders and in transformers' wrapper
     "backbone.",
     "timm_model.",
-)  # of the network's tensors in our encoders and in transformers' wrapper
-NOT_LEARNED_HERE = ("pooler.",)  # native ViTs carry one that our backbones do not have
+    "network.",
+)
+NOT_LEARNED_HERE = ("pooler.", "embeddings.mask_token")  # of native ViTs; our backbones may lack them
+ANY_ERROR = (OSError, RuntimeError, ValueError)  # of loading what may not be there
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where weights come from.
+
+    Attributes:
+        location: folder or repository, at the commit found.
+        subfolder: of the checkpoint in it.
+        config: of the model there.
+    """
+
+    location: Location
+    subfolder: str
+    config: Any
+
+    def is_of(self, method: str) -> bool:
+        """Whether a model of this method is there."""
+        return bool(self.config.model_type == METHODS[method].config_class.model_type)
+
+    def processor(self) -> Any:
+        """The image processor there; None where there is none."""
+        if self.location.file("preprocessor_config.json", self.subfolder) is None:
+            return None
+        return self.location.load(AutoImageProcessor, self.subfolder)
+
+
+def find_starting_point(name: str) -> StartingPoint:
+    """Look what is there.
+
+    Raises:
+        RecipeError: nothing that could be started from.
+    """
+    try:
+        location = locate(_with_owner(name)).pinned()
+        subfolder = location.subfolder()
+        return StartingPoint(location, subfolder, location.load(AutoConfig, subfolder))
+    except ANY_ERROR as error:
+        raise _cannot_start(name, error) from error
+
+
+def _with_owner(name: str) -> str:
+    """timm's models are named without their owner."""
+    import timm
+
+    if "/" in name or Path(name).exists() or not timm.is_model(name.partition("@")[0]):
+        return name
+    pretrained = timm.get_pretrained_cfg(name)
+    return name if pretrained is None else f"timm/{pretrained.architecture}.{pretrained.tag}"
 
 
 def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     """The recipe's model, fresh or started from `init_from`.
 
     Raises:
-        RecipeError: there is nothing to start from, or its encoder is of another shape.
+        RecipeError: there is nothing to start from, or it does not fit.
     """
     model_class = METHODS[recipe.method].pretraining_class
     if recipe.init_from is None:
         return model_class(config)
+    start = find_starting_point(recipe.init_from)
     try:
-        found = AutoConfig.from_pretrained(recipe.init_from)
-        if found.model_type == config.model_type:
-            return _continue_method(model_class, recipe.init_from, config)
-        return _start_from_encoder(model_class(config), recipe.init_from)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise RecipeError(
-            f"cannot start from '{recipe.init_from}': {' '.join(str(error).split())}"
-        ) from error
+        if start.is_of(recipe.method):
+            return _continue_method(model_class, start, config, recipe.allow_new_heads)
+        return _start_from_encoder(model_class(config), start)
+    except ANY_ERROR as error:
+        raise _cannot_start(recipe.init_from, error) from error
 
 
-def _continue_method(model_class: Any, name: str, config: Any) -> SSLForPreTraining:
-    """Everything the checkpoint has; heads it does not have start fresh, the encoder must be there."""
-    model, info = model_class.from_pretrained(
-        name, config=config, allow_new_heads=True, output_loading_info=True
+def _cannot_start(name: str, error: BaseException) -> RecipeError:
+    return RecipeError(f"cannot start from '{name}': {' '.join(str(error).split())}")
+
+
+def _continue_method(
+    model_class: Any, start: StartingPoint, config: Any, allow_new_heads: bool
+) -> SSLForPreTraining:
+    """Everything the checkpoint has: the encoder must fit, heads may start fresh with consent."""
+    model, info = start.location.load(
+        model_class,
+        start.subfolder,
+        config=config,
+        allow_new_heads=True,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
-    lost = [key for key in info["missing_keys"] if key.startswith(f"{model.base_model_prefix}.backbone.")]
-    if lost:
-        raise ValueError(f"it lacks {len(lost)} tensors of the encoder, e.g. '{lost[0]}'")
+    shapes = {name: (tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"]}
+    fresh = set(model.fresh_tensors([*info["missing_keys"], *shapes]))
+    network = f"{model.base_model_prefix}.backbone."
+    for name in sorted(name for name in fresh if name.startswith(network)):
+        there, here = shapes.get(name, ("absent", "needed"))
+        raise ValueError(f"'{name}' is {there} there and {here} here; give the same backbone_config")
+    unknown = set(info["unexpected_keys"])
+    if not fresh and not unknown:
+        logger.info("start     %s, with all of its %d tensors", start.location, len(model.state_dict()))
+        return model
+    what = ", ".join(
+        f"{len(names)} tensors {kind} (e.g. {sorted(names)[0]})"
+        for names, kind in ((fresh, "missing or of another shape"), (unknown, "of no use here"))
+        if names
+    )
+    if not allow_new_heads:
+        raise ValueError(
+            f"{what}; give the recipe it was trained with, or allow_new_heads=true to start them afresh"
+        )
+    logger.warning("start     %s; afresh or left out, as allowed: %s", start.location, what)
     return model
 
 
-def _start_from_encoder(model: SSLForPreTraining, name: str) -> SSLForPreTraining:
+def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLForPreTraining:
     """Fresh heads on the encoder of another method, a native model or a timm model."""
-    encoder = AutoModel.from_pretrained(name)
-    state = {
-        _plain_name(key): value
-        for key, value in encoder.state_dict().items()
-        if not key.startswith(NOT_LEARNED_HERE)
-    }
+    encoder = start.location.load(AutoModel, start.subfolder)
+    state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
     branch: Any = model.published_branch()
+    stride = getattr(branch.backbone.config, "small_stem_stride", 0)
+    if stride and type(encoder).__name__ == "TimmWrapperModel":
+        state = restore_small_stem(state, stride)
     network = getattr(branch.backbone, "network", branch.backbone)  # a CNN's own names are timm's
-    _check_shapes(network.state_dict(), state, type(encoder).__name__)
+    _check_tensors(network.state_dict(), state, type(encoder).__name__)
     network.load_state_dict(state, strict=False)
     model.sync_branches(model.base_model_prefix)
+    logger.info(
+        "start     the encoder of %s (%s); heads%s start afresh",
+        start.location,
+        type(encoder).__name__,
+        " and what else training keeps" if model.has_teacher else "",
+    )
     return model
 
 
 def _plain_name(name: str) -> str:
-    for prefix in (*PREFIXES, "network."):
+    for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
 
 
-def _check_shapes(wanted: dict[str, Tensor], given: dict[str, Tensor], class_name: str) -> None:
+def _check_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], class_name: str) -> None:
+    missing = sorted(set(wanted) - set(given))
+    if missing:
+        raise ValueError(
+            f"a {class_name} lacks {len(missing)} of {len(wanted)} tensors, e.g. '{missing[0]}'; the backbones "
+            "are of different kinds"
+        )
     for name, tensor in wanted.items():
-        if name not in given:
-            raise ValueError(f"a {class_name} has no '{name}'; the backbones are of different kinds")
         if given[name].shape != tensor.shape:
             raise ValueError(
                 f"'{name}' is {tuple(given[name].shape)} there and {tuple(tensor.shape)} here; give the same "
-                "backbone_config (of a run with a small-image stem: the run, not its encoder folder)"
+                "backbone_config"
             )
+    unknown = sorted(name for name in set(given) - set(wanted) if not name.startswith(NOT_LEARNED_HERE))
+    if unknown:
+        raise ValueError(
+            f"it has {len(unknown)} tensors more than this backbone, e.g. '{unknown[0]}'; give the same "
+            "backbone_config"
+        )

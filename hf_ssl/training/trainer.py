@@ -37,6 +37,7 @@ from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normal
 from hf_ssl.training.optimizers import build_optimizer
 from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import ReadableLog
+from hf_ssl.training.publishing import PublishingTrainer
 from hf_ssl.training.resuming import ResumingTrainer
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
 from hf_ssl.training.step_protocol import StepProtocol
@@ -46,7 +47,7 @@ __all__ = ["SSLTrainer", "TrainingDiverged"]
 logger = logging.getLogger(__name__)
 
 
-class SSLTrainer(ResumingTrainer):
+class SSLTrainer(ResumingTrainer, PublishingTrainer):
     """Trainer for self-supervised models.
 
     Args:
@@ -88,6 +89,7 @@ class SSLTrainer(ResumingTrainer):
         self._guard = DivergenceGuard(args)
         self._parts: dict[str, list[Tensor]] = {}
         check_batch(model, args)
+        self.take_token(args)
         if probe is None:
             args.eval_strategy, args.metric_for_best_model = IntervalStrategy.NO, None
         self.loader = self._build_loader(args, start_batch=0)

@@ -7,6 +7,7 @@ accumulation, recomputation and evaluation are safe; whatever moves (teacher, qu
 
 import logging
 from collections.abc import Iterable, Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -60,6 +61,15 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> Any:
+        """Publish as a repository of two parts; options are those of `hf_ssl.hub.publish`.
+
+        In the copy of this file that such a repository holds, transformers' own push takes its place.
+        """
+        if not __name__.startswith("hf_ssl."):
+            return super().push_to_hub(repo_id, *args, **options)
+        return import_module("hf_ssl.hub").publish(self, repo_id, *args, **options)
 
     def freeze_targets(self) -> None:
         """Set `requires_grad` as the method wants it; `from_pretrained` makes every parameter trainable."""
@@ -270,7 +280,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
         """
         wants_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        fresh = sorted(model._fresh_tensors(info["missing_keys"]))
+        fresh = sorted(model.fresh_tensors(info["missing_keys"]))
         if fresh and not allow_new_heads:
             raise ValueError(
                 f"the checkpoint lacks {len(fresh)} tensors of {cls.__name__}, e.g. '{fresh[0]}'; pass "
@@ -316,7 +326,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
                 return lacking
         return None
 
-    def _fresh_tensors(self, missing: Iterable[str]) -> set[str]:
+    def fresh_tensors(self, missing: Iterable[str]) -> set[str]:
         """Missing tensors that the copy of a whole branch did not supply."""
         missing = set(missing)
         lacking = self._branch_without_backbone(missing)
