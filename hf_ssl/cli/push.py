@@ -9,7 +9,8 @@ def push(
     run: Annotated[str, typer.Argument(help="A finished run, or one of its checkpoints.")],
     name: Annotated[str, typer.Argument(help="owner/name on the Hub; created if there is none.")],
     private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Of a new repository; else as the account has it.")
+        bool | None,
+        typer.Option("--private/--public", help="Of a new repository; else as the account has it."),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch; main.")] = None,
     license: Annotated[str | None, typer.Option(help="Of the model, for its card, e.g. apache-2.0.")] = None,

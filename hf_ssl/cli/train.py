@@ -18,7 +18,8 @@ def train(
         typer.Option("--init_from", help="Start from this folder, owner/name[@revision] or timm model."),
     ] = None,
     allow_new_heads: Annotated[
-        bool, typer.Option("--allow_new_heads", help="Start afresh what --init_from lacks beside the encoder.")
+        bool,
+        typer.Option("--allow_new_heads", help="Start afresh what --init_from lacks beside the encoder."),
     ] = False,
 ) -> None:
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""

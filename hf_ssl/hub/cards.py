@@ -101,7 +101,9 @@ def read_run(folder: Path) -> RunRecord:
         recipe={} if recipe is None else yaml.safe_load(recipe.read_text(encoding="utf-8")),
         state=_read_json(folder / STATE_FILE),
         scores=_read_json(folder / SCORES_FILE),
-        figures=[figures[name] for name in (*_CAPTIONS, *sorted(figures.keys() - _CAPTIONS)) if name in figures],
+        figures=[
+            figures[name] for name in (*_CAPTIONS, *sorted(figures.keys() - _CAPTIONS)) if name in figures
+        ],
     )
 
 

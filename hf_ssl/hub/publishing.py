@@ -34,6 +34,7 @@ from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
 from hf_ssl.hub.landing import ExportReport, export_encoder
 from hf_ssl.hub.locations import CONFIG_FILE, PRETRAINING
 from hf_ssl.hub.remote_code import auto_map, known_code_files, write_flat_code
+from hf_ssl.modeling import method_of
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
 
@@ -66,7 +67,7 @@ def prepare_repository(
             `<M>Model` there is no pre-training part.
         folder: target; absent, empty or an earlier one of these.
         repo_id: `owner/name`, for the card.
-        processor: the image processor of a model; None: the method's own.
+        processor: the image processor of a model; None: the method's own for the training size.
         license: identifier for the card, such as "apache-2.0"; None: the card says that it is not stated.
         overwrite: replace whatever the target holds.
 
@@ -197,7 +198,9 @@ def upload(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         parent = _head(api, repo_id, revision)
         files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        stale = {path for path in api.list_repo_files(repo_id, revision=parent) if _is_ours(path)} - set(files)
+        stale = {path for path in api.list_repo_files(repo_id, revision=parent) if _is_ours(path)} - set(
+            files
+        )
         # Not upload_folder, which sends large folders in several commits.
         return api.create_commit(
             repo_id,
@@ -282,9 +285,10 @@ def _checkpoint_of(
     if not isinstance(source, SSLModel | SSLForPreTraining):
         raise PublishError(f"{type(source).__name__} is no model of hf_ssl; use its own push_to_hub")
     with tempfile.TemporaryDirectory() as folder:
+        if processor is None:
+            processor = method_of(source.config).processor_class.for_image_size(source.config.image_size)
         source.save_pretrained(folder)
-        if processor is not None:
-            processor.save_pretrained(folder)
+        processor.save_pretrained(folder)
         yield Path(folder)
 
 

@@ -63,7 +63,9 @@ def flat_code(modules: Iterable[str], package: str = PACKAGE) -> dict[str, str]:
         module = queue.popleft()
         name = module.rpartition(".")[2]
         if origin_of.setdefault(name, module) != module:
-            raise ValueError(f"{module} and {origin_of[name]} would both become {name}.py; rename one of them")
+            raise ValueError(
+                f"{module} and {origin_of[name]} would both become {name}.py; rename one of them"
+            )
         if f"{name}.py" in files:
             continue
         source = _source_of(module)

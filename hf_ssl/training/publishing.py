@@ -22,7 +22,9 @@ logger = logging.getLogger(__name__)
 ENCODER = "encoder"
 
 
-def complete_folder(folder: Path, log_history: list[dict[str, Any]], license: str | None = None) -> ExportReport:
+def complete_folder(
+    folder: Path, log_history: list[dict[str, Any]], license: str | None = None
+) -> ExportReport:
     """Add the native encoder, curves and card to the folder of a run.
 
     Args:

@@ -155,9 +155,7 @@ def load_recipe(name_or_path: str) -> Recipe:
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or "method" not in content:
-        raise RecipeError(
-            f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS)}"
-        )
+        raise RecipeError(f"{path} must be a mapping with a 'method' and the sections {', '.join(SECTIONS)}")
     for section in content:
         if section not in TOP_KEYS:
             raise RecipeError(unknown_name_message(f"section of {path.name}", section, TOP_KEYS))

@@ -91,7 +91,9 @@ def test_every_import_of_the_package_becomes_one_of_a_file_beside(package):
 )
 def test_what_cannot_be_flattened_is_refused(package, source, message):
     with pytest.raises(ValueError, match=message):
-        package("zoo.cat.model", cat__model=source, cat__config="", shared__legs="", shared__model="other = 1\n")
+        package(
+            "zoo.cat.model", cat__model=source, cat__config="", shared__legs="", shared__model="other = 1\n"
+        )
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
