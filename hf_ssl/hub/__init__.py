@@ -1,4 +1,7 @@
-"""Landing an encoder in a native class, and publishing it with all the rest. Importing this is cheap; public names load when first used."""
+"""Landing an encoder in a native class, and publishing it with all the rest.
+
+Importing this is cheap; public names load when first used.
+"""
 
 import importlib
 from typing import Any

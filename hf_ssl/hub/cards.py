@@ -80,9 +80,17 @@ class RunRecord:
         return [names] if isinstance(names, str) else list(names)
 
     @property
-    def test_dataset(self) -> str:
-        """Name of the data that were scored."""
+    def probe_dataset(self) -> str:
+        """Name of the labelled data."""
         return str(self.data.get("probe_dataset") or (self.datasets or ["unknown"])[0])
+
+    def probe_name(self, part: int) -> str:
+        """What may be said of the labelled images in public: part 0 names, part 1 is named."""
+        details = [
+            (self.data.get(key) or [None, None])[part] for key in ("probe_config_names", "probe_splits")
+        ]
+        name, found = public_name(self.probe_dataset), [str(detail) for detail in details if detail]
+        return f"{name} ({', '.join(found)})" if found else name
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -151,8 +159,10 @@ def build_card(
         notes=report.notes,
         rows=scores["rows"],
         protocol=scores["protocol"],
-        test_name=public_name(str(scores["protocol"].get("test", ""))),
-        train_name=public_name(str(scores["protocol"].get("train", ""))),
+        bank=record.probe_name(0),
+        queries=record.probe_name(1),
+        chance=f"{100 * chance_margin(scores['protocol']['test_images']):.1f}" if record.scores else "",
+        has_linear=any(row["linear"] is not None for row in scores["rows"]),
         percent=lambda share: "-" if share is None else f"{100 * share:.1f}",
         recipe_path=recipe_path,
         recipe=public_recipe(record.recipe) if record.recipe else "",
@@ -162,6 +172,11 @@ def build_card(
         license=license,
         citation=citation(method),
     )
+
+
+def chance_margin(num_test_images: int) -> float:
+    """Difference of two accuracies that can be chance: about two standard errors, 0.03 at 2,000 images."""
+    return float(0.03 * (2000 / num_test_images) ** 0.5)
 
 
 def write_card(
@@ -178,7 +193,7 @@ def _card_data(record: RunRecord, report: "ExportReport", title: str, license: s
 
     start = record.recipe.get("init_from")
     results = eval_results(record)
-    hub_data = [name for name in record.datasets if name != "sample" and not is_local_data(name)]
+    hub_data = [name.partition("@")[0] for name in record.datasets if not is_local_data(name)]
     tags = ["self-supervised-learning", "hf_ssl", record.method.name, "custom_code"]
     return ModelCardData(
         license=license,
@@ -196,15 +211,15 @@ def eval_results(record: RunRecord) -> "list[EvalResult]":
     """The encoder's scores for `model-index`; none for a run without labels."""
     from huggingface_hub import EvalResult
 
-    protocol, test = record.scores.get("protocol", {}), record.test_dataset
+    test = record.probe_dataset
     splits = record.data.get("probe_splits") or [None, None]
-    local_kind = "sample" if test == "sample" else "local"
+    kind = test if test == "sample" else "local" if is_local_data(test) else test.partition("@")[0]
     return [
         EvalResult(
             task_type="image-classification",
             task_name="classification by frozen features",
-            dataset_type=local_kind if test == "sample" or is_local_data(test) else test,
-            dataset_name=public_name(str(protocol["test"])),
+            dataset_type=kind,
+            dataset_name=record.probe_name(1),
             dataset_split=splits[1],
             metric_type="accuracy",
             metric_name=f"{_METRICS[name]}, features {row['pool']}",
@@ -232,13 +247,14 @@ def _describe_training(record: RunRecord) -> str:
 
 
 def is_local_data(name: str) -> bool:
-    """Whether a recipe's name of data or of a starting point is a path."""
-    return is_local_name(name) or name.endswith((".parquet", ".tar")) or Path(name).exists()
+    """Whether a recipe's name of data or of a starting point is no name on the Hub."""
+    is_file = name.endswith((".parquet", ".tar")) or Path(name).exists()
+    return name == "sample" or is_file or is_local_name(name)
 
 
 def public_name(name: str) -> str:
-    """A name that may be published: of a path only its last part."""
-    return Path(name).name if is_local_name(name) and name else name
+    """A name that may be published: of a path only its last part, of a repository not its commit."""
+    return Path(name).name if is_local_data(name) else name.partition("@")[0]
 
 
 def describe_data(record: RunRecord) -> list[str]:
@@ -250,18 +266,19 @@ def describe_data(record: RunRecord) -> list[str]:
         elif is_local_data(name):
             lines.append(f"images in a local folder or file, `{Path(name).name}`; licence not stated")
         else:
-            link = f"[{name}](https://huggingface.co/datasets/{name})"
-            lines.append(f"{link}, licence {licence_of_dataset(name)}")
+            repository, _, commit = name.partition("@")
+            link = f"[{repository}](https://huggingface.co/datasets/{repository})" + (f" at `{commit}`" if commit else "")
+            lines.append(f"{link}, licence {licence_of_dataset(repository, commit or None)}")
     return lines or ["not stated"]
 
 
-def licence_of_dataset(name: str) -> str:
-    """What the card of a dataset on the Hub says; `unknown: fill in` where it cannot be read or says nothing."""
+def licence_of_dataset(name: str, revision: str | None = None) -> str:
+    """What the card of a dataset on the Hub says, or that it has to be filled in."""
     from huggingface_hub import DatasetCard, hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     def card(**options: Any) -> str:
-        return hf_hub_download(name, CARD_FILE, repo_type="dataset", **options)
+        return hf_hub_download(name, CARD_FILE, repo_type="dataset", revision=revision, **options)
 
     try:
         try:

@@ -72,7 +72,8 @@ def export_encoder(
     Raises:
         FileExistsError: the target holds something else.
         FileNotFoundError: the run folder holds no checkpoint.
-        ValueError: there is no such folder, it needs code of its own, no native class computes what the encoder computes, or the reloaded export differs.
+        ValueError: there is no such folder, the repository needs code of its own, no native class computes
+            what the encoder computes, or the reloaded export differs.
     """
     folder = Path(folder).absolute()
     _refuse_to_replace_source(model_or_run_folder, folder)

@@ -37,7 +37,7 @@ class Location:
         Raises:
             OSError: there is no such repository or revision, or it cannot be reached.
         """
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         path = cached_file(
             self.name,
@@ -81,14 +81,14 @@ class Location:
             if "trust_remote_code" not in str(error):
                 raise
             raise ValueError(
-                f"'{self}' brings Python code of its own, which hf-ssl never runs; read that code, and if you "
-                "trust it, load the model in Python with trust_remote_code=True and hand it to "
+                f"'{self}' brings Python code of its own, which hf-ssl never runs; read that code, and if "
+                "you trust it, load the model in Python with trust_remote_code=True and hand it to "
                 "hf_ssl.evaluation"
             ) from error
 
 
 def locate(name: str | Path) -> Location:
-    """The folder or repository that `name` (or `owner/name@revision`) stands for; nothing is downloaded.
+    """The folder, `owner/name` or `owner/name@revision` that a name stands for; nothing is downloaded.
 
     Raises:
         ValueError: no such folder, and no name of a repository.

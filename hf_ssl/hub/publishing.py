@@ -3,10 +3,10 @@
     config.json model.safetensors preprocessor_config.json   the encoder, native; loads without this package
     *.py                                                     the code of the pre-training model
     README.md figures/                                       the card
-    pretraining/                                             weights of everything, config, processor, recipe, log
+    pretraining/                                             all weights, config, processor, recipe, log
 
-The repository is first written into a local folder, whole or not at all, and is then sent as one commit, which
-also removes what an earlier push left and this one no longer has.
+The repository is first written into a local folder, whole or not at all, and is then sent as one commit,
+which also removes what an earlier push left and this one no longer has.
 """
 
 import contextlib
@@ -25,7 +25,6 @@ from hf_ssl.hub.cards import (
     STATE_FILE,
     RunRecord,
     build_card,
-    public_name,
     public_recipe,
     read_run,
     recipe_of,
@@ -63,8 +62,8 @@ def prepare_repository(
     """Write the files of a repository into a folder; an error leaves the folder as it was.
 
     Args:
-        source: the folder of a run, of a checkpoint or of a saved pre-training model, or a model itself. Of an
-            `<M>Model` there is no pre-training part.
+        source: the folder of a run, of a checkpoint or of a saved pre-training model, or a model itself. Of
+            an `<M>Model` there is no pre-training part.
         folder: target; absent, empty or an earlier one of these.
         repo_id: `owner/name`, for the card.
         processor: the image processor of a model; None: the method's own for the training size.
@@ -135,7 +134,7 @@ def publish(
         What the Hub says of the commit.
 
     Raises:
-        PublishError: no token, no right to write, the Hub fails or cannot be reached, or the source is no run.
+        PublishError: no token, no right to write, the Hub fails or cannot be reached, the source is no run.
         ValueError: the encoder fits no native class.
     """
     token = require_token(token)
@@ -339,11 +338,8 @@ def _write_pretraining(checkpoint: Path, record: RunRecord, folder: Path) -> Non
     if record.state:
         _write_json(folder / STATE_FILE, {key: record.state.get(key) for key in _PUBLIC_STATE})
     if record.scores:
-        protocol = {
-            key: public_name(value) if isinstance(value, str) else value
-            for key, value in record.scores["protocol"].items()
-        }
-        _write_json(folder / SCORES_FILE, {**record.scores, "protocol": protocol})
+        names = {"train": record.probe_name(0), "test": record.probe_name(1)}
+        _write_json(folder / SCORES_FILE, {**record.scores, "protocol": record.scores["protocol"] | names})
 
 
 def _write_json(file: Path, content: dict[str, Any]) -> None:

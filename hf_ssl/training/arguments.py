@@ -104,10 +104,10 @@ class SSLTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.use_cpu and (self.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"):
             raise ValueError("fsdp on a CPU would be plain data parallelism without a word; leave fsdp out")
-        if self.push_to_hub and self.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        if self.push_to_hub and self.hub_strategy not in (HubStrategy.EVERY_SAVE, HubStrategy.END):
             raise ValueError(
-                f"hub_strategy {self.hub_strategy.value} would publish pickles (optimizer.pt, rng_state.pth); use "
-                "every_save or end"
+                f"hub_strategy {HubStrategy(self.hub_strategy).value} would publish pickles (optimizer.pt, "
+                "rng_state.pth); use every_save or end"
             )
         choices = {
             "lars_variant": LARS_VARIANTS,

@@ -1,16 +1,17 @@
-"""The Hub side of the trainer: every push is one repository of two parts, as `hf_ssl.hub.publish` makes it."""
+"""The Hub side of the trainer: every push is a repository of two parts, as `hf_ssl.hub.publish` makes it."""
 
 import json
 import logging
 import shutil
 import tempfile
-from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
-from transformers.utils import PushInProgress
+from transformers.utils.hub import PushInProgress
 
 from hf_ssl.hub.cards import FIGURES, SCORES_FILE, write_card
 from hf_ssl.hub.landing import ExportReport, export_encoder
@@ -51,6 +52,8 @@ class PublishingTrainer(Trainer):
     """
 
     hub_token: str | None = None
+    hub_model_id: str | None
+    push_in_progress: PushInProgress | None
 
     def take_token(self, args: Any) -> None:
         """Keep the token of the arguments out of whatever is written."""
@@ -107,30 +110,32 @@ class PublishingTrainer(Trainer):
         Raises:
             PublishError: see `hf_ssl.hub.publish`.
         """
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        token = token or self.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
         self.create_model_card(license)
+        return self.publish_folder(
+            blocking, commit_message=commit_message, token=token, revision=revision, license=license
+        )
+
+    def publish_folder(self, blocking: bool = True, **options: Any) -> Any:
+        """Publish `output_dir` as it is: a finished run; see `push_to_hub`."""
         if not self.is_world_process_zero():
             return None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._finish_current_push()
-        options = {
-            "commit_message": commit_message,
-            "token": token,
-            "revision": revision or self.args.hub_revision,
-            "license": license,
-        }
-        if blocking:
-            return publish(str(self.args.output_dir), str(self.hub_model_id), **options)
-        return _in_background(publish, str(self.args.output_dir), str(self.hub_model_id), **options)
+        options["commit_message"] = options.get("commit_message") or "End of training"
+        options["token"] = options.get("token") or self.hub_token
+        options["revision"] = options.get("revision") or self.args.hub_revision
+        push = publish if blocking else partial(HfApi().run_as_future, publish)
+        return push(str(self.args.output_dir), str(self.hub_model_id), **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Publish a checkpoint while training goes on; what fails is said and stops nothing."""
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
-        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if is_busy and not self.args.hub_always_push:
+        earlier = self.push_in_progress
+        jobs = [] if earlier is None or earlier.is_done() else earlier.jobs
+        if jobs and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         scores = getattr(getattr(self, "probe", None), "scores", None)
@@ -145,11 +150,8 @@ class PublishingTrainer(Trainer):
             shutil.rmtree(scratch, ignore_errors=True)
             return
         message = f"Training in progress, step {self.state.global_step}"
-        job = _in_background(self._upload_and_remove, Path(scratch), message)
-        if is_busy:
-            self.push_in_progress.jobs.append(job)
-        else:
-            self.push_in_progress = PushInProgress([job])
+        job = HfApi().run_as_future(self._upload_and_remove, Path(scratch), message)
+        self.push_in_progress = PushInProgress([*jobs, job])  # type: ignore[arg-type]
 
     def _upload_and_remove(self, scratch: Path, message: str) -> None:
         try:
@@ -164,9 +166,3 @@ class PublishingTrainer(Trainer):
             logger.warning("%s; training goes on", error)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _in_background(function: Any, *arguments: Any, **options: Any) -> "Future[Any]":
-    from huggingface_hub import HfApi
-
-    return HfApi().run_as_future(function, *arguments, **options)

@@ -15,6 +15,7 @@ from transformers import set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
+from hf_ssl.hub.cards import chance_margin
 from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.hub.publishing import PublishError
 from hf_ssl.modeling import METHODS
@@ -33,6 +34,7 @@ from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.probes import OnlineProbe
 from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import format_scores
+from hf_ssl.training.publishing import complete_folder
 from hf_ssl.training.recipes import (
     DataArguments,
     Recipe,
@@ -44,7 +46,6 @@ from hf_ssl.training.recipes import (
     training_arguments,
     with_model_of,
 )
-from hf_ssl.training.publishing import complete_folder
 from hf_ssl.training.run_lock import LOCK_FILE, run_lock
 from hf_ssl.training.starting_points import build_model, find_starting_point
 from hf_ssl.training.summary import describe_run
@@ -61,7 +62,6 @@ WITHOUT_EFFECT_ON_TRAINING = (
     *("probe_", "eval_", "logging_", "save_", "dataloader_", "hub_", "push_to_hub", "report_to", "run_name"),
     *("metric_for_best_model", "greater_is_better", "max_bad_fraction", "disable_tqdm"),
 )
-SIGNIFICANT_MARGIN = 0.03  # about two standard errors at 2,000 test images
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Run:
         pool = next(row.pool for row in self.scores.rows if row.features == ENCODER)
         margins = self.scores.margins(pool)
         points = ", ".join(f"{name} {100 * value:+.1f} points" for name, value in margins.items())
-        chance = SIGNIFICANT_MARGIN * (2000 / self.scores.protocol["test_images"]) ** 0.5
+        chance = chance_margin(self.scores.protocol["test_images"])
         learned = max(margins.values()) > chance
         return (
             f"{'learned' if learned else 'not above its floors'}: {points} against the best of pixels and "

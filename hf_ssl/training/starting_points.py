@@ -166,8 +166,8 @@ def _check_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], class_na
     missing = sorted(set(wanted) - set(given))
     if missing:
         raise ValueError(
-            f"a {class_name} lacks {len(missing)} of {len(wanted)} tensors, e.g. '{missing[0]}'; the backbones "
-            "are of different kinds"
+            f"a {class_name} lacks {len(missing)} of {len(wanted)} tensors, e.g. '{missing[0]}'; the "
+            "backbones are of different kinds"
         )
     for name, tensor in wanted.items():
         if given[name].shape != tensor.shape:

@@ -21,6 +21,7 @@ TINY_MOCO: dict[str, Any] = {
     "projection_size": 8,
     "warmup_steps": 0,
     "probe_num_neighbors": 1,
+    "probe_linear": True,
     "max_steps": 3,
 }
 
@@ -48,3 +49,9 @@ def mae_run(image_classes: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     """A ViT with a decoder, trained on images without labels."""
     folder = tmp_path_factory.mktemp("runs") / "mae"
     yield train("mae", output_dir=str(folder), dataset=str(image_classes / "cat"), **TINY_MAE)
+
+
+@pytest.fixture
+def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub's client repeats at once what it would repeat after some seconds."""
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)

@@ -1,4 +1,4 @@
-"""Repositories of two parts: what they hold, that a push is whole or not at all, and that nobody's secret is in it."""
+"""Repositories of two parts: what they hold, and that a push is whole or not at all."""
 
 import json
 import re
@@ -16,14 +16,12 @@ from transformers import AutoImageProcessor, AutoModelForPreTraining
 
 from hf_ssl.hub import PublishError, prepare_repository, publish
 from hf_ssl.training.recipes import load_recipe
-from hf_ssl.training.run import Run, train
+from hf_ssl.training.run import Run
 from hf_ssl.training.starting_points import build_model
 from tests.clean_process import run_python
 from tests.hub_protocol import READ_TOKEN, TOKEN
 from tests.hub_server import HubServer
 from tests.modeling.tiny import BY_NAME
-from tests.training.conftest import make_trainer, source  # noqa: F401  (fixtures)
-from tests.training.test_run import TINY as TINY_MAE
 
 ROOT_FILES = {"config.json", "model.safetensors", "export.json", "README.md", "figures/curves.png"}
 PRETRAINING_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml",
@@ -40,9 +38,10 @@ results = {}
 for name, commit in commits.items():
     image = Image.open("image.png")
     pixel_values = AutoImageProcessor.from_pretrained(name)(image, return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        results[f"{name} model"] = AutoModel.from_pretrained(name).eval()(pixel_values).pooler_output
-        results[f"{name} pinned"] = AutoModel.from_pretrained(name, revision=commit).eval()(pixel_values).pooler_output
+    for how, revision in (("model", "main"), ("pinned", commit)):
+        encoder = AutoModel.from_pretrained(name, revision=revision).eval()
+        with torch.no_grad():
+            results[f"{name} {how}"] = encoder(pixel_values).pooler_output
     extract = pipeline("image-feature-extraction", model=name)
     results[f"{name} pipeline"] = torch.tensor(extract("image.png", pool=True))
     classifier = AutoModelForImageClassification.from_pretrained(name, num_labels=3)
@@ -51,7 +50,8 @@ for name, commit in commits.items():
     config = AutoConfig.from_pretrained(name, **options)
     assert AutoImageProcessor.from_pretrained(name, **options).views
     model = AutoModelForPreTraining.from_pretrained(name, **options)
-    assert isinstance(config, type(model.config)) and type(model).__module__.startswith("transformers_modules")
+    assert isinstance(config, type(model.config))
+    assert type(model).__module__.startswith("transformers_modules")
     batch = load_file(f"{config.model_type}.safetensors")["pixel_values"]
     model.begin_step(5, 10, seed=3)
     model.prepare_step([{"pixel_values": batch}])
@@ -214,16 +214,18 @@ def test_a_push_goes_to_a_branch_of_its_own(hub: HubServer, mae_run: Run):
         ({"pattern": "POST .*/commit/", "times": 20, "status": 429, "retry_after": 0}, r"slow down \(429\)"),
         ({"pattern": "POST .*/commit/", "times": 20, "status": 412}, "changed meanwhile; push again"),
         ({"pattern": "PUT /lfs/", "times": 50, "status": 503}, r"the Hub fails \(503\)"),
-        ({"pattern": "POST .*/git-lfs|POST .*/objects/batch", "times": 20, "cut_after": 0}, "cannot be reached"),
+        (
+            {"pattern": "POST .*/git-lfs|POST .*/objects/batch", "times": 20, "cut_after": 0},
+            "cannot be reached",
+        ),
         ({"pattern": "POST .*/preupload/", "times": 20, "status": 403}, "may not write there"),
     ],
 )
 def test_a_push_that_fails_changes_nothing_and_can_be_repeated(
-    hub: HubServer, mae_run: Run, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any], message: str
+    hub: HubServer, mae_run: Run, no_waiting: None, fault: dict[str, Any], message: str
 ):
     hub.commit("models", "tester/vit", {"README.md": "before"})
     before = HfApi().repo_info("tester/vit").sha
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # its own retries
     hub.fail(**fault)
     with pytest.raises(PublishError, match=message) as error:
         publish(mae_run.folder, "tester/vit")
@@ -237,9 +239,8 @@ def test_a_push_that_fails_changes_nothing_and_can_be_repeated(
 
 
 def test_a_push_whose_answer_is_lost_is_there_whole_and_repeating_it_adds_nothing(
-    hub: HubServer, mae_run: Run, monkeypatch: pytest.MonkeyPatch
+    hub: HubServer, mae_run: Run, no_waiting: None
 ):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.fail("POST .*/commit/", times=20, cut_after=0)
     with pytest.raises(PublishError, match="it is there whole or not at all"):
         publish(mae_run.folder, "tester/vit")
@@ -251,7 +252,6 @@ def test_a_push_whose_answer_is_lost_is_there_whole_and_repeating_it_adds_nothin
 
 
 def test_a_hub_that_is_gone_is_one_line(hub: HubServer, mae_run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     hub.stop()
     with pytest.raises(PublishError, match="the Hub cannot be reached .* push again"):
         publish(mae_run.folder, "tester/vit")
@@ -319,39 +319,6 @@ def test_a_checkpoint_is_published_with_the_recipe_of_its_run(unfinished: Path, 
 # Secrets
 
 
-def test_a_token_is_used_and_written_nowhere(
-    hub: HubServer, image_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
-):
-    monkeypatch.delenv("HF_TOKEN")
-    options = {**TINY_MAE, "push_to_hub": True, "hub_model_id": "tester/vit", "hub_strategy": "every_save"}
-    caplog.set_level("DEBUG")
-    run = train(
-        "mae",
-        output_dir=str(tmp_path / "run"),
-        dataset=str(image_classes / "cat"),
-        hub_token=TOKEN,
-        **options,
-    )
-    assert run.url is not None and heads(hub, "tester/vit")[:2] == [
-        "End of training",
-        "Training in progress, step 2",
-    ]
-    written = [path for path in run.folder.rglob("*") if path.is_file()]
-    assert {"recipe.yaml", "training_args.bin", "README.md"} <= {path.name for path in written}
-    for path in written:
-        assert TOKEN.encode() not in path.read_bytes(), path
-    for path, content in hub.files("models", "tester/vit").items():
-        assert TOKEN.encode() not in content, path
-        assert str(image_classes.parent).encode() not in content, path  # nor where the images are
-        assert b"hub_model_id" not in content, path
-    assert TOKEN not in caplog.text
-    with pytest.raises(PublishError, match="no Hugging Face token: log in with `hf auth login`"):
-        train(resume=str(run.folder), max_steps=4)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    train(resume=str(run.folder), max_steps=4)
-    assert heads(hub, "tester/vit")[:2] == ["End of training", "Training in progress, step 4"]
-
-
 @pytest.mark.parametrize(
     ("name", "token", "message"),
     [
@@ -370,52 +337,3 @@ def test_who_may_not_write_reads_one_line_without_the_token(
         publish(mae_run.folder, name)
     assert "\n" not in str(error.value) and (not token or token not in str(error.value))
     assert not hub.repositories
-
-
-# From the trainer
-
-
-def test_the_trainer_publishes_while_it_trains_and_goes_on_when_that_fails(
-    hub: HubServer, make_trainer: Any, caplog: Any, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    trainer = make_trainer(
-        "moco-v2", push_to_hub=True, hub_model_id="tester/moco", save_strategy="steps", save_steps=2
-    )
-    hub.fail("POST .*/commit/", times=20, status=500)
-    trainer.train()
-    trainer._finish_current_push()
-    assert "the Hub fails (500)" in caplog.text and "training goes on" in caplog.text
-    assert trainer.state.global_step == 4 and len(heads(hub, "tester/moco")) == 1
-    hub.faults.clear()
-    commit = trainer.push_to_hub(license="apache-2.0")
-    files = hub.files("models", "tester/moco")
-    assert (
-        heads(hub, "tester/moco")[0] == "End of training"
-        and commit.oid == HfApi().repo_info("tester/moco").sha
-    )
-    assert b"license: apache-2.0" in files["README.md"]
-    assert {"pretraining/model.safetensors", "modeling_moco.py", "model.safetensors"} <= set(files)
-    assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
-
-
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_strategies_that_would_publish_pickles_are_refused(make_trainer: Any, strategy: str):
-    with pytest.raises(
-        ValueError, match=f"hub_strategy {strategy} would publish pickles .* use every_save or end"
-    ):
-        make_trainer(push_to_hub=True, hub_strategy=strategy)
-
-
-def test_a_failed_push_at_the_end_leaves_the_run_whole(
-    hub: HubServer, image_classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    hub.fail("POST .*/commit/", times=20, status=500)
-    options = {**TINY_MAE, "save_strategy": "no", "push_to_hub": True, "hub_model_id": "tester/vit"}
-    with pytest.raises(
-        PublishError, match="the run is whole, push it again with: hf-ssl push .*/run tester/vit"
-    ):
-        train("mae", output_dir=str(tmp_path / "run"), dataset=str(image_classes / "cat"), **options)
-    hub.faults.clear()
-    publish(tmp_path / "run", "tester/vit")

@@ -113,7 +113,7 @@ def _use_small_stem(network: nn.Module, config: SSLTimmConfig) -> None:
 def build_backbone(config: dict[str, Any] | PreTrainedConfig | None) -> SSLViTBackbone | SSLTimmBackbone:
     """Build the backbone that the `backbone_config` of a finished config describes.
 
-    Told apart by `model_type`: of remote code in a local folder transformers loads a second copy of our classes.
+    Told apart by `model_type`: of code in a local folder transformers loads a second copy of our classes.
     """
     model_type = getattr(config, "model_type", None)
     if model_type == SSLViTConfig.model_type:

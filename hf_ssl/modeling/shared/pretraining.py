@@ -62,14 +62,14 @@ class SSLPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module)
 
-    def push_to_hub(self, repo_id: str, *args: Any, **options: Any) -> Any:
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:  # type: ignore[override]
         """Publish as a repository of two parts; options are those of `hf_ssl.hub.publish`.
 
         In the copy of this file that such a repository holds, transformers' own push takes its place.
         """
         if not __name__.startswith("hf_ssl."):
-            return super().push_to_hub(repo_id, *args, **options)
-        return import_module("hf_ssl.hub").publish(self, repo_id, *args, **options)
+            return super().push_to_hub(repo_id, **options)  # type: ignore[arg-type]
+        return import_module("hf_ssl.hub").publish(self, repo_id, **options)
 
     def freeze_targets(self) -> None:
         """Set `requires_grad` as the method wants it; `from_pretrained` makes every parameter trainable."""
