@@ -267,7 +267,8 @@ def describe_data(record: RunRecord) -> list[str]:
             lines.append(f"images in a local folder or file, `{Path(name).name}`; licence not stated")
         else:
             repository, _, commit = name.partition("@")
-            link = f"[{repository}](https://huggingface.co/datasets/{repository})" + (f" at `{commit}`" if commit else "")
+            link = f"[{repository}](https://huggingface.co/datasets/{repository})"
+            link += f" at `{commit}`" if commit else ""
             lines.append(f"{link}, licence {licence_of_dataset(repository, commit or None)}")
     return lines or ["not stated"]
 

@@ -301,7 +301,7 @@ def changed_values(earlier: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]
 
 def _by_place(recipe: Recipe) -> dict[tuple[str, str], Any]:
     content = load_yaml(recipe.to_yaml())
-    sections = {name: dict(content[name]) for name in SECTIONS[3:]}
+    sections = {name: dict(content[name]) for name in SECTIONS}
     sections["backbone"] = sections["model"].pop("backbone_config", None) or {}
     return {(name, key): value for name, section in sections.items() for key, value in section.items()}
 
