@@ -138,7 +138,6 @@ class Life:
         codes = [os.waitstatus_to_exitcode(status)]
         codes += [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in self.ranks[1:]]
         if any(codes):
-            os.killpg(self.ranks[0], signal.SIGKILL)
             raise RuntimeError(f"{self.run.name} failed:\n{self.run.with_name('log.txt').read_text()[-4000:]}")
         return True
 
