@@ -114,7 +114,11 @@ class ResumingTrainer(Trainer):
 
     def _load_finished(self, folder: Path) -> TrainOutput:
         self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+        for file in (Path(str(self.args.output_dir)) / STATE_FILE, folder / STATE_FILE):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a run killed at its very end
+                self.state = TrainerState.load_from_json(str(file))
+                if self.state.global_step == self._resume_step:
+                    break
         self.state.is_world_process_zero = self.is_world_process_zero()
         return TrainOutput(self.state.global_step, math.nan, {})
 
