@@ -114,7 +114,11 @@ class ResumingTrainer(Trainer):
 
     def _load_finished(self, folder: Path) -> TrainOutput:
         self._load_from_checkpoint(str(folder))
-        self.state = TrainerState.load_from_json(str(folder / STATE_FILE))
+        for file in (Path(str(self.args.output_dir)) / STATE_FILE, folder / STATE_FILE):
+            with contextlib.suppress(OSError, ValueError, TypeError):  # a run killed at its very end
+                self.state = TrainerState.load_from_json(str(file))
+                if self.state.global_step == self._resume_step:
+                    break
         self.state.is_world_process_zero = self.is_world_process_zero()
         return TrainOutput(self.state.global_step, math.nan, {})
 
@@ -174,9 +178,10 @@ class ResumingTrainer(Trainer):
         super()._load_rng_state(checkpoint)
         if checkpoint is None or layout_of(Path(checkpoint)).processes != self.args.world_size:
             return
-        entry = torch.load(self._log_file(checkpoint), map_location=self.args.device, weights_only=True)
-        self._tr_loss, self._globalstep_last_logged = entry["loss"], entry["last_step"]
-        self._parts = entry["parts"]
+        entry = torch.load(self._log_file(checkpoint), map_location="cpu", weights_only=True)
+        device = self.args.device
+        self._tr_loss, self._globalstep_last_logged = entry["loss"].to(device), entry["last_step"]
+        self._parts = {name: [value.to(device) for value in part] for name, part in entry["parts"].items()}
         # The mean loss at the end is that of the steps done here.
         mean: Any = self.accelerator.reduce(self._tr_loss.clone(), reduction="mean")
         self._total_loss_scalar = -mean.item()

@@ -241,6 +241,69 @@ def test_start_far_in_the_stream_reads_no_more_than_one_block(
     assert len(reads) == len(set(reads)) <= 8
 
 
+@pytest.fixture
+def count_rows(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """Makes a source record how many rows every read of it brings; its blocks are of 50 rows."""
+
+    def watch(source: Any) -> list[int]:
+        rows: list[int] = []
+        name = "_read_unit" if hasattr(source, "_read_unit") else "row"
+        original = getattr(source, name)
+
+        def read(index: int) -> Any:
+            found = original(index)
+            rows.append(found.num_rows if name == "_read_unit" else 1)
+            return found
+
+        monkeypatch.setattr(source, name, read)
+        source.block_rows = 50
+        return rows
+
+    return watch
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "mixture"])
+def test_rows_read_to_resume_do_not_grow_with_the_position(
+    tmp_path: Path, numbered_rows: Rows, load, count_rows: Callable[..., list[int]], kind: str
+):
+    """Mistake: skipping through the stream. 600 rows, 75 batches an epoch; one block more is the most."""
+    data = numbered_rows(600)
+    data.to_parquet(tmp_path / "train.parquet", batch_size=10)
+    sources = {"parquet": [open_images(tmp_path / "train.parquet")], "arrow": [open_images(data)]}
+    sources["mixture"] = sources["parquet"] + sources["arrow"]
+    counts = [count_rows(source) for source in sources[kind]]
+    weights = [2, 1] if kind == "mixture" else None
+
+    def rows_read(start: int) -> int:
+        for rows in counts:
+            rows.clear()
+        take(load(sources[kind], start_batch=start, weights=weights), 3)
+        return sum(map(sum, counts))
+
+    early = rows_read(3)
+    assert 24 <= early <= 24 * 50
+    for late in (60, 75 * 20 + 37, 75 * 100_000 + 74):
+        assert rows_read(late) <= early + 50
+
+
+def test_rows_of_a_sequential_source_are_read_again_up_to_the_position(numbered_rows: Rows, load):
+    """What cannot be addressed is read: the first epoch for its length, then the part of its own epoch."""
+    source = open_images(numbered_rows(64).to_iterable_dataset(num_shards=4))
+    rows: list[int] = []
+    shard = source.shard
+
+    def counted(number: int) -> Any:
+        for row in shard(number):
+            rows.append(number)
+            yield row
+
+    source.shard = counted  # type: ignore[method-assign, attr-defined]
+    for start, most in ((0, 64), (8 * 50, 2 * 64)):  # 50 epochs later no more than two
+        rows.clear()
+        take(load(source, start_batch=start), 1)
+        assert 8 <= len(rows) <= most
+
+
 def test_cifar10_resumes_bit_equal_across_an_epoch(shared_dir: Path, load):
     source = open_images(shared_dir / "data" / "cifar10", split="test")
     whole = take(load(source, batch_size=100, num_workers=2), 22)

@@ -1,9 +1,10 @@
-"""Trains one run without interruption, and the same run with SIGKILL at random moments; called by test_kill.py.
+"""Trains a run without interruption, and again with SIGKILL at random moments; called by test_kill.py.
 
-All that takes long to import is imported once. Every life of a run is then a fork of this process, which has one
-thread (beside that of pyarrow's allocator, which survives a fork) and holds no lock, no socket and no file of a
-run: what a life inherits are modules as `python` would have imported them. Its death is real: the kernel ends it, its loader's workers and the other ranks by SIGKILL,
-so that no buffer is flushed and no handler runs, and whatever it had written stays as it was.
+All that takes long to import is imported once. Every life of a run is then a fork of this process, which has
+one thread (beside that of pyarrow's allocator, which survives a fork) and holds no lock, no socket and no
+file of a run: what a life inherits are modules as `python` would have imported them. Its death is real: the
+kernel ends it, its loader's workers and the other ranks by SIGKILL, so that no buffer is flushed and no
+handler runs, and whatever it had written stays as it was.
 """
 
 import json
@@ -29,7 +30,7 @@ from tests.training.conftest import random_image
 
 SAVE_STEPS = 3
 FIRST_KILL = 8
-# Checkpoints fall into log entries, epochs (6.25 steps) and the loader's order; drop path draws from the global state.
+# Checkpoints fall into log entries and epochs (of 6.25 steps); drop path draws from the global random state.
 OPTIONS: dict[str, Any] = {
     "weights": [3, 1],
     "streaming": True,
@@ -138,8 +139,9 @@ class Life:
         codes = [os.waitstatus_to_exitcode(status)]
         codes += [os.waitstatus_to_exitcode(os.waitpid(rank, 0)[1]) for rank in self.ranks[1:]]
         if any(codes):
-            os.killpg(self.ranks[0], signal.SIGKILL)
-            raise RuntimeError(f"{self.run.name} failed:\n{self.run.with_name('log.txt').read_text()[-4000:]}")
+            raise RuntimeError(
+                f"{self.run.name} failed:\n{self.run.with_name('log.txt').read_text()[-4000:]}"
+            )
         return True
 
     def kill(self) -> None:

@@ -1,7 +1,7 @@
-"""SIGKILL at random moments, and the run ends as if nothing had happened: weights, queue, teacher, log, order.
+"""SIGKILL at random moments, and the run ends as if it had not been: weights, queue, teacher, log, order.
 
-The run: MoCo with queue and teacher on a weighted mixture of two streamed parquet sources, shuffled, two loader
-workers, two or four accumulated micro-batches, drop path, checkpoints inside epochs and inside log entries.
+The run: MoCo with queue and teacher on a weighted mixture of two streamed parquet sources, shuffled, two
+loader workers, two or four accumulated micro-batches, drop path, checkpoints inside epochs and log entries.
 HF_SSL_KILLS sets the number of kills of the slow tests.
 """
 

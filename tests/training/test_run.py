@@ -1,5 +1,6 @@
 """Runs from Python: on a folder of images, without labels, from an encoder; what a failed one leaves."""
 
+import json
 import logging
 import random
 import shutil
@@ -159,6 +160,63 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(image_folder: Pat
     again = train(resume=str(run.folder))
     for name, value in run.trainer.model.state_dict().items():
         assert torch.equal(again.trainer.model.state_dict()[name], value), name
+
+
+def test_changes_that_lead_another_way_are_said_and_others_not(
+    image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    run = mae(image_folder, tmp_path / "run")
+    train(resume=str(run.folder), logging_steps=2, dataloader_num_workers=1, save_total_limit=1)
+    assert "changed by this resume" not in caplog.text
+    train(resume=str(run.folder), max_steps=4, mask_ratio=0.5, eval_steps=4)
+    (message,) = [message for message in caplog.messages if "changed by this resume" in message]
+    assert message.endswith("so that the run goes another way: max_steps 2 -> 4, mask_ratio None -> 0.5")
+
+
+def test_a_refused_resume_changes_nothing(image_folder: Path, tmp_path: Path):
+    run = mae(image_folder, tmp_path / "run").folder
+    recipe = (run / "recipe.yaml").read_text()
+    for options in ({"global_batch_size": 2}, {"hidden_size": 32}, {"optimizer": "sgd"}):
+        with pytest.raises(CheckpointError, match="start a new run with --init_from"):
+            train(resume=str(run), max_steps=4, **options)
+        assert (run / "recipe.yaml").read_text() == recipe
+    assert train(resume=str(run), max_steps=3).trainer.state.global_step == 3
+
+
+def test_a_run_continues_from_the_checkpoint_that_is_named(image_folder: Path, tmp_path: Path):
+    run = mae(image_folder, tmp_path / "run", max_steps=4).folder
+    expected = (run / "model.safetensors").read_bytes()
+    resumed = train(resume=str(run / "checkpoint-2"))
+    assert resumed.folder == run and resumed.trainer._resume_step == 2
+    assert (run / "model.safetensors").read_bytes() == expected
+    (run / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(
+        CheckpointError, match="cannot continue from '.*checkpoint-2': optimizer.pt is missing"
+    ):
+        train(resume=str(run / "checkpoint-2"))
+    (run / "checkpoint-4" / "optimizer.pt").unlink()
+    with pytest.raises(CheckpointError, match="no whole checkpoint to resume from"):
+        train(resume=str(run))
+
+
+def test_a_finished_run_that_is_resumed_stays_as_it_is(class_folder: Path, tmp_path: Path):
+    run = mae(class_folder, tmp_path / "run", probe_num_neighbors=1, probe_linear=False)
+    weights = (run.folder / "model.safetensors").read_bytes()
+    again = train(resume=str(run.folder))
+    assert (run.folder / "model.safetensors").read_bytes() == weights
+    assert again.scores is not None and run.scores is not None
+    assert again.scores.to_dict() == run.scores.to_dict()
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_knn" in entry for entry in history) == 1
+    assert sum("train_loss" in entry for entry in history) == 1
+
+
+def test_a_folder_that_a_killed_run_had_just_made_is_taken(image_folder: Path, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    for name in ("_lock", ".recipe.yaml.partial"):
+        (tmp_path / "run" / name).write_text("process 1")
+    run = mae(image_folder, tmp_path / "run")
+    assert not (run.folder / "_lock").exists() and not (run.folder / ".recipe.yaml.partial").exists()
 
 
 def test_nothing_is_left_of_a_run_that_fails_early(image_folder: Path, tmp_path: Path):
