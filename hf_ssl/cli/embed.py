@@ -25,9 +25,10 @@ def embed(
     from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.data import open_images
     from hf_ssl.evaluation.embeddings import embed as write_embeddings
+    from hf_ssl.training.pulling import pulled
 
     quiet_libraries()
     source = open_images(dataset, split=split, config_name=config_name, image_column=image_column)
-    encoder, processor = load_encoder(model)
+    encoder, processor = pulled(model, lambda: load_encoder(model))
     path = write_embeddings(encoder, processor, source, output, pool, batch_size=batch_size, limit=limit)
     typer.echo(f"features  {path}")

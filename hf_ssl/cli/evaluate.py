@@ -36,10 +36,11 @@ def evaluate(
     from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.evaluation.protocol import evaluate_encoder
     from hf_ssl.training.probe_data import probe_sources
+    from hf_ssl.training.pulling import pulled
     from hf_ssl.training.recipes import DataArguments
 
     quiet_libraries()
-    encoder, processor = load_encoder(model)
+    encoder, processor = pulled(model, lambda: load_encoder(model))
     if dataset is None:
         if splits or config_name or image_column or label_column:
             raise ValueError(

@@ -127,7 +127,7 @@ def is_temporary(error: BaseException) -> bool:
 
     if isinstance(error, DataError):
         return False
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         return status in (408, 429) or status >= 500
     if isinstance(error, LocalEntryNotFoundError):  # neither on the Hub, nor in the cache: why?
@@ -142,12 +142,12 @@ def is_temporary(error: BaseException) -> bool:
 
 def is_missing(error: BaseException) -> bool:
     """Whether a file is not there, or must not be read."""
-    return _status(error) is not None or isinstance(error, (FileNotFoundError, PermissionError))
+    return status_of(error) is not None or isinstance(error, (FileNotFoundError, PermissionError))
 
 
 def reason(error: BaseException) -> str:
     """Why a remote read failed, in a few words."""
-    status = _status(error)
+    status = status_of(error)
     if status is not None:
         phrase = getattr(getattr(error, "response", None), "reason_phrase", "") or type(error).__name__
         return f"the server answers {status} {phrase}"
@@ -243,7 +243,7 @@ def pin_commit(repository: str, revision: str | None) -> str | None:
     return str(found.sha)
 
 
-def _status(error: BaseException) -> int | None:
+def status_of(error: BaseException) -> int | None:
     """Status of the answer that an error stands for."""
     status = getattr(getattr(error, "response", None), "status_code", None) or getattr(error, "status", None)
     return status if isinstance(status, int) else None

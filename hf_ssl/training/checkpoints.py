@@ -7,6 +7,7 @@ others with their sizes, so that what a disk or a copy lost later is found witho
 import contextlib
 import json
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -206,13 +207,17 @@ def rotate(run: Path, limit: int | None, current: Path, best: Path | None) -> No
 
 def write_failed(what: str, run: Path, error: BaseException) -> str:
     """One line: what was not written, why, and what is left to continue from."""
-    left = checkpoints(run)
-    way_out = (
-        f"free space and continue from {left[-1].name} with: hf-ssl train --resume {run}"
-        if left
-        else "there is no earlier checkpoint"
-    )
+    way_on = resume_hint(run)
+    way_out = f"free space and {way_on}" if way_on else "there is no earlier checkpoint"
     return f"cannot write {what} in {run}: {' '.join(str(error).split())}; {way_out}"
+
+
+def resume_hint(run: Path) -> str:
+    """How to continue a run that ended too early; empty where it left no checkpoint."""
+    left = checkpoints(run)
+    if not left:
+        return ""
+    return f"continue from {left[-1].name} with: hf-ssl train --resume {shlex.quote(str(run))}"
 
 
 # Reading

@@ -26,6 +26,7 @@ from hf_ssl.training.checkpoints import (
     CheckpointError,
     checkpoint_folders,
     checkpoints,
+    resume_hint,
     write_failed,
 )
 from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
@@ -35,6 +36,7 @@ from hf_ssl.training.probes import OnlineProbe
 from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import format_scores
 from hf_ssl.training.publishing import complete_folder
+from hf_ssl.training.pulling import pulled
 from hf_ssl.training.recipes import (
     DataArguments,
     Recipe,
@@ -309,7 +311,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
         processor = METHODS[recipe.method].processor_class.for_image_size(
             config.image_size, **recipe.processor
         )
-        model = build_model(recipe, config)
+        model = pulled(recipe.init_from or "", lambda: build_model(recipe, config))
         probe = build_probe(recipe.data, processor, args)
         trainer = SSLTrainer(
             model=model,
@@ -378,7 +380,7 @@ def _train_and_save(trainer: SSLTrainer, folder: Path, checkpoint: Path | None) 
         try:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         except DataError as error:
-            raise DataError(f"{error}{_way_on(folder)}") from error
+            raise DataError("; ".join(filter(None, [str(error), resume_hint(folder)]))) from error
     _report_bad_images(trainer)
     if stopper.interrupted and trainer.state.global_step < trainer.args.max_steps:
         raise Interrupted(
@@ -387,14 +389,6 @@ def _train_and_save(trainer: SSLTrainer, folder: Path, checkpoint: Path | None) 
         )
     scores = _final_scores(trainer)
     return Run(folder, scores, _save(trainer, folder, scores), trainer)
-
-
-def _way_on(folder: Path) -> str:
-    """What can be done about a run that data ended, if it left a checkpoint."""
-    left = checkpoints(folder)
-    if not left:
-        return ""
-    return f"; continue from {left[-1].name} with: hf-ssl train --resume {shlex.quote(str(folder))}"
 
 
 def _measure_floors(trainer: SSLTrainer, folder: Path) -> None:

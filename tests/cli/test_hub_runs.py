@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_ssl.data import readers, remote
+from hf_ssl.data import readers
 from hf_ssl.training.recipes import load_recipe
-from tests.cli.conftest import TINY_OPTIONS, Outcome
+from tests.cli.conftest import TINY_OPTIONS, Outcome, TinyRun
+from tests.hub_client import without_waits
 from tests.hub_server import HubServer
 
 Cli = Callable[..., Outcome]
@@ -38,7 +39,7 @@ def shard(seed: int) -> bytes:
 @pytest.fixture
 def noise(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
     """The Hub with 64 images in 2 parquet files, read 16 at a time."""
-    monkeypatch.setattr(remote, "RETRY_SECONDS", (0,))
+    without_waits(monkeypatch, tries=2)
     monkeypatch.setattr(readers, "BLOCK_ROWS", 16)
     files = {f"data/train-0000{number}-of-00002.parquet": shard(number) for number in range(2)}
     hub.commit("datasets", NAME, files)
@@ -69,9 +70,9 @@ def test_a_run_that_lost_a_shard_is_resumed_as_though_nothing_had_happened(
     outcome = train(cli, broken)
     assert (outcome.code, outcome.out) == (2, "")
     assert outcome.err.splitlines()[-1].startswith("hf-ssl: cannot read hf://datasets/lab/noise@" + commit)
+    way_on = rf"continue from checkpoint-\d with: hf-ssl train --resume '{re.escape(str(broken))}'"
     assert re.search(
-        r"data/train-0000\d-of-00002.parquet: the server answers 404 Not Found; continue from checkpoint-\d with: "
-        rf"hf-ssl train --resume '{re.escape(str(broken))}'$",
+        rf"data/train-0000\d-of-00002.parquet: the server answers 404 Not Found; {way_on}$",
         outcome.err.strip(),
     )
 
@@ -86,5 +87,27 @@ def test_a_dataset_that_cannot_be_reached_leaves_no_run(noise: HubServer, cli: C
     noise.stop()
     outcome = train(cli, tmp_path / "run")
     assert (outcome.code, outcome.out) == (2, "")
-    assert re.search(rf"^hf-ssl: cannot open {NAME}: ConnectError: .*, still after \d+ s and 2 tries$", outcome.err, re.MULTILINE)
+    assert re.search(
+        rf"^hf-ssl: cannot open {NAME}: ConnectError: .*, still after \d+ s and 2 tries$",
+        outcome.err,
+        re.MULTILINE,
+    )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_start_from_weights_that_cannot_be_had_is_said_in_one_line(
+    noise: HubServer, cli: Cli, tmp_path: Path, tiny_run: TinyRun
+):
+    encoder = {path.name: path.read_bytes() for path in (tiny_run.folder / "encoder").iterdir()}
+    cut = {**encoder, "model.safetensors": encoder["model.safetensors"][:-100]}
+    noise.commit("models", "lab/cut", cut)
+    noise.commit("models", "lab/silent", encoder)
+    noise.fail("(HEAD|GET) .*/lab/silent/resolve/.*/model.safetensors", status=503, times=1000)
+    for name, message in (
+        ("lab/cut", "the weights of 'lab/cut' are damaged or cut short"),
+        ("lab/silent", "cannot load lab/silent: the server answers 503 Service Unavailable"),
+    ):
+        outcome = cli("train", "mae", "--init_from", name, "--output_dir", str(tmp_path / "run"), *OPTIONS)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert outcome.err.splitlines()[-1].startswith(f"hf-ssl: {message}"), outcome.err
+        assert not (tmp_path / "run").exists()

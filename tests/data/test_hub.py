@@ -7,12 +7,10 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import datasets
 import huggingface_hub
-import huggingface_hub.hf_file_system as hub_files
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +20,7 @@ from hf_ssl.data import readers, remote
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.remote import UnreachableError
 from hf_ssl.data.sources import DataError, ImageSource, open_images, pin_revision
+from tests.hub_client import without_waits
 from tests.hub_server import HubServer
 
 Rows = Callable[..., datasets.Dataset]
@@ -73,11 +72,7 @@ def numbers(hub: HubServer, shards: dict[str, bytes]) -> HubServer:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many tries as ever, without the waits between them."""
-    monkeypatch.setattr(remote, "RETRY_SECONDS", (0,) * len(remote.RETRY_SECONDS))
-    for name in ("http_backoff", "http_stream_backoff"):
-        quick = partial(getattr(hub_files, name), base_wait_time=0, max_wait_time=0)
-        monkeypatch.setattr(hub_files, name, quick)
+    without_waits(monkeypatch)
     monkeypatch.setattr(readers, "BLOCK_ROWS", 2 * GROUP_ROWS)
 
 
