@@ -27,6 +27,7 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import has_batch_norm, has_own_statistics
+from hf_ssl.training.step_protocol import keep_protocol
 from hf_ssl.training.trainer import SSLTrainer
 from tests.distributed import run_processes
 from tests.modeling.tiny import BY_NAME, TinyMethod, run_step
@@ -357,13 +358,13 @@ def _rank() -> int:
 
 def shard(model: SSLForPreTraining) -> None:
     """Student and teacher by the same rule: every layer by itself, as accelerate does, then the rest."""
-    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard
 
     for module in list(model.modules()):
         if type(module).__name__ in (model._no_split_modules or ()):
             fully_shard(module)
     fully_shard(model)
-    register_fsdp_forward_method(model, "prepare_step")
+    keep_protocol(model, model)
 
 
 def _train_sharded(name: str, model: SSLForPreTraining, layout: Layout) -> Measurement:

@@ -164,14 +164,9 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
 
     # The step
 
-    def start_training(self) -> None:
-        """Once the model is wrapped: processes began equal and stay so, and need no copies of each other.
-
-        Data-parallel wrappers would overwrite all buffers by the first process's before every forward.
-        """
-        for module in self.model_wrapped.modules():
-            if isinstance(module, torch.nn.parallel.DistributedDataParallel):
-                module.broadcast_buffers = False
+    def models(self) -> tuple[torch.nn.Module, torch.nn.Module]:
+        """The method, and what its forwards go through: the same, or a wrapper for several processes."""
+        return self.model, self.model_wrapped
 
     def start_step(self, step: int) -> None:
         """Schedules and targets; called with the 0-based step before its first forward."""
