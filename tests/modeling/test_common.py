@@ -105,6 +105,28 @@ def test_every_trainable_parameter_is_in_exactly_one_optimizer_group(row):
         assert vectors == {group["weight_decay"] == 0} == {group["exclude_from_adaptation"]}
 
 
+@every_row
+def test_rates_by_layer_are_those_of_the_backbone_and_heads_keep_theirs(row):
+    model = row.build()
+    if not row.has_vit:
+        with pytest.raises(ValueError, match="need a ViT backbone"):
+            model.parameter_groups(0.1, layer_decay=0.5)
+        return
+    rates = {}
+    for group in model.parameter_groups(0.1, layer_decay=0.5, patch_embedding_multiplier=0.1):
+        assert {parameter.ndim <= 1 for parameter in group["params"]} == {group["weight_decay"] == 0}
+        rates |= {id(parameter): group["lr_multiplier"] for parameter in group["params"]}
+    trainable = dict(model.trainable_parameters())
+    assert rates.keys() == {id(parameter) for parameter in trainable.values()}
+    for name, parameter in trainable.items():
+        within = name.removeprefix("student.backbone.")
+        power = 0 if within == name or within.startswith("layernorm.") else 3  # two blocks
+        if within.startswith("layers."):
+            power = 2 - int(within.split(".")[1])
+        factor = 0.1 if within.startswith("embeddings.patch_embeddings.") else 1
+        assert rates[id(parameter)] == pytest.approx(factor * 0.5**power), name
+
+
 @teacher_rows
 def test_teacher_starts_equal_to_the_student_but_shares_no_memory_with_it(row):
     model = row.build()

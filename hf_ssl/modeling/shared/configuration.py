@@ -63,11 +63,19 @@ class SSLViTConfig(PreTrainedConfig):
     num_register_tokens: int = 0  # arXiv 2309.16588
     use_mask_token: bool = False
     position_embedding_type: str = "learned"  # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE)
+    # How positions are resized to another grid. 0.1 shifts them as the published DINO and DINOv2 features have
+    # it, and no native class does; antialiasing is what `Dinov2WithRegistersModel` does.
+    interpolate_offset: float | int = 0.0
+    interpolate_antialias: bool = False
     layer_scale_value: float | int | None = None  # None: no LayerScale (arXiv 2103.17239)
     drop_path_rate: float | int = 0.0  # of the last block; rises linearly from 0
-    # std 0.02; or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
+    drop_path_uniform: bool = False  # the same rate in all blocks (DINOv2)
+    # std 0.02; "trunc_normal_linears": the patch projection as torch starts it (DINO, iBOT, DINOv2);
+    # or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
     weight_initialization: str = "trunc_normal"
-    class_token_std: float | int = 0.02  # MoCo v3: 1e-6
+    class_token_std: float | int = 0.02  # MoCo v3, DINOv2: 1e-6
+    register_token_std: float | int = 0.02  # DINOv2: 1e-6
+    mask_token_std: float | int = 0.0  # iBOT, DINOv2: 0
     freeze_patch_embedding: bool = False  # MoCo v3 (arXiv 2104.02057, section 4.2)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -97,7 +105,12 @@ class SSLViTConfig(PreTrainedConfig):
         """Refuse unknown position embeddings and initialisations."""
         choices = {
             "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first"),
-            "weight_initialization": ("trunc_normal", "xavier_uniform", "xavier_uniform_joint_qkv"),
+            "weight_initialization": (
+                "trunc_normal",
+                "trunc_normal_linears",
+                "xavier_uniform",
+                "xavier_uniform_joint_qkv",
+            ),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
