@@ -73,6 +73,13 @@ METHODS = {
             "predictions find the other view's key among the batch; made for ViTs",
         ),
         Method("mae", "MAE", "masked", "2111.06377", "encode a quarter of the patches, reconstruct the rest"),
+        Method(
+            "dino",
+            "DINO",
+            "self-distillation",
+            "2104.14294",
+            "a small crop predicts a momentum teacher's choice among prototypes for a large one",
+        ),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The prototype loss against the authors' values and against its plain form, which holds all logits at once."""
+"""The prototype loss against the authors' values and against its plain form, with all logits at once."""
 
 import math
 

@@ -103,9 +103,7 @@ def sinkhorn_targets(
         without_bias = torch.zeros_like(bias_K)
         for _ in range(iterations):
             next_normalizer_I = torch.full_like(normalizer_I, float("-inf"))
-            for start, scores_Ik in prototype_scores(
-                bottleneck_Id, prototypes_Kd, without_bias, temperature
-            ):
+            for start, scores_Ik in prototype_scores(bottleneck_Id, prototypes_Kd, without_bias, temperature):
                 # A chunk holds all rows, so that its part of the bias is final.
                 bias_k = -_log_sum_exp_over_rows(scores_Ik - normalizer_I[:, None])
                 bias_K[start : start + len(bias_k)] = bias_k

@@ -108,8 +108,8 @@ class Prototypes(nn.Module):
 class PrototypeHead(nn.Module):
     """MLP with GELU to a unit vector, and the prototypes that it is compared with.
 
-    Caron et al. 2021 (arXiv 2104.14294), appendix C. The logits are left to the loss, which never needs all of
-    them at once.
+    Caron et al. 2021 (arXiv 2104.14294), appendix C. The logits are left to the loss, which never needs all
+    of them at once.
 
     Args:
         input_size: width of the feature.

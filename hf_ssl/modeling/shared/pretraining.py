@@ -95,7 +95,10 @@ def _unread_tensors(info: dict[str, Any]) -> set[str]:
 class SSLModel(SSLPreTrainedModel):
     """An encoder: the published branch without its heads."""
 
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\.", r"^(student|teacher|queue|predictor)\b"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"(^|\.)(patch_)?head\.",
+        r"^(student|teacher|queue|predictor|(patch_)?center|anchor)\b",
+    ]
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -167,8 +170,8 @@ class SSLForPreTraining(SSLPreTrainedModel):
     def held_parameters(self) -> Iterable[nn.Parameter]:
         """Parameters that stand still in the current step, as `begin_step` decided.
 
-        They keep `requires_grad`; the trainer takes their gradients away after clipping, so that the optimizer
-        skips them with decay and moments.
+        They keep `requires_grad`; the trainer takes their gradients away after clipping, so that the
+        optimizer skips them with decay and moments.
         """
         return ()
 

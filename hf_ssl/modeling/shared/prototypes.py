@@ -58,7 +58,7 @@ class _LogNormalizer(torch.autograd.Function):
 class _ExpectedPrototypes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, prototypes_Kd: Tensor, targets: "PrototypeTargets") -> Tensor:
-        expected_Id = targets.bottleneck_Id.new_zeros(len(targets), prototypes_Kd.shape[1])
+        expected_Id = targets.bottleneck.new_zeros(len(targets), prototypes_Kd.shape[1])
         for start, probabilities_Ik in targets.probabilities():
             expected_Id.addmm_(probabilities_Ik, prototypes_Kd[start : start + probabilities_Ik.shape[1]])
         ctx.targets = targets
@@ -69,7 +69,7 @@ class _ExpectedPrototypes(torch.autograd.Function):
     def backward(ctx: Any, gradient_Id: Tensor) -> tuple[Tensor, None]:
         targets: PrototypeTargets = ctx.targets
         with without_autocast(gradient_Id):
-            gradient_Kd = gradient_Id.new_empty(len(targets.prototypes_Kd), gradient_Id.shape[1])
+            gradient_Kd = gradient_Id.new_empty(len(targets.prototypes), gradient_Id.shape[1])
             for start, probabilities_Ik in targets.probabilities():
                 part = gradient_Kd[start : start + probabilities_Ik.shape[1]]
                 torch.mm(probabilities_Ik.T, gradient_Id, out=part)
@@ -101,37 +101,35 @@ class PrototypeTargets:
     """Targets q of I teacher rows over K prototypes, kept as what they are computed from; without gradient.
 
     Attributes:
-        bottleneck_Id: the teacher's unit vectors y.
-        prototypes_Kd: the teacher's prototypes w'.
-        bias_K: b, e.g. minus the centre / T'.
+        bottleneck: the teacher's unit vectors y (I, d).
+        prototypes: the teacher's w' (K, d).
+        bias: b (K,), e.g. minus the centre / T'.
         temperature: T' > 0.
-        normalizer_I: LSE_k(y . w'_k / T' + b_k).
+        normalizer: LSE_k(y . w'_k / T' + b_k) (I,).
     """
 
-    bottleneck_Id: Tensor
-    prototypes_Kd: Tensor
-    bias_K: Tensor
+    bottleneck: Tensor
+    prototypes: Tensor
+    bias: Tensor
     temperature: float
-    normalizer_I: Tensor
+    normalizer: Tensor
 
     def __len__(self) -> int:
-        return len(self.bottleneck_Id)
+        return len(self.bottleneck)
 
     def rows(self, index: Tensor) -> "PrototypeTargets":
         """The targets of the rows `index`, of any shape; flattened."""
         index = index.flatten()
-        return replace(
-            self, bottleneck_Id=self.bottleneck_Id[index], normalizer_I=self.normalizer_I[index]
-        )
+        return replace(self, bottleneck=self.bottleneck[index], normalizer=self.normalizer[index])
 
     def scores(self) -> Iterator[tuple[int, Tensor]]:
         """y . w'_k / T' + b_k (I, k) of one chunk of prototypes after the other, and where it starts."""
-        yield from prototype_scores(self.bottleneck_Id, self.prototypes_Kd, self.bias_K, self.temperature)
+        yield from prototype_scores(self.bottleneck, self.prototypes, self.bias, self.temperature)
 
     def probabilities(self) -> Iterator[tuple[int, Tensor]]:
         """q (I, k) of one chunk of prototypes after the other, and where it starts."""
         for start, scores_Ik in self.scores():
-            yield start, scores_Ik.sub_(self.normalizer_I[:, None]).exp_()
+            yield start, scores_Ik.sub_(self.normalizer[:, None]).exp_()
 
     @torch.no_grad()
     def statistics(self) -> dict[str, Tensor]:
@@ -141,8 +139,8 @@ class PrototypeTargets:
         ln K when uniform, both 0 when all rows choose one prototype; their difference is what the targets
         say about the image. `prototypes_in_use`: how many are the largest target of some row.
         """
-        entropy, mean_entropy = self.bias_K.new_zeros(()), self.bias_K.new_zeros(())
-        best_I = self.bias_K.new_full((len(self),), float("-inf"))
+        entropy, mean_entropy = self.bias.new_zeros(()), self.bias.new_zeros(())
+        best_I = self.bias.new_full((len(self),), float("-inf"))
         chosen_I = torch.zeros(len(self), dtype=torch.long, device=best_I.device)
         for start, probabilities_Ik in self.probabilities():
             largest_I, index_I = probabilities_Ik.max(dim=1)
@@ -150,7 +148,7 @@ class PrototypeTargets:
             best_I = torch.maximum(best_I, largest_I)
             mean_entropy += torch.special.entr(probabilities_Ik.mean(dim=0)).sum()
             entropy += torch.special.entr(probabilities_Ik).sum() / max(len(self), 1)
-        in_use = torch.zeros_like(self.bias_K).index_fill_(0, chosen_I, 1).sum()
+        in_use = torch.zeros_like(self.bias).index_fill_(0, chosen_I, 1).sum()
         return {
             "target_entropy": entropy,
             "mean_target_entropy": mean_entropy,
