@@ -95,6 +95,16 @@ METHODS = {
             "Masked Autoencoders Are Scalable Vision Learners",
             "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Dollar and Ross Girshick",
         ),
+        Method(
+            "dino",
+            "DINO",
+            "self-distillation",
+            "2104.14294",
+            "a small crop predicts a momentum teacher's choice among prototypes for a large one",
+            "Emerging Properties in Self-Supervised Vision Transformers",
+            "Mathilde Caron and Hugo Touvron and Ishan Misra and Hervé Jégou and Julien Mairal and "
+            "Piotr Bojanowski and Armand Joulin",
+        ),
     )
 }
 

@@ -72,7 +72,16 @@ class SSLTrainingArguments(TrainingArguments):
     )
     clip_mode: str = field(
         default="global",
-        metadata={"help": "What max_grad_norm bounds: the global norm, or each tensor's (per_tensor)."},
+        metadata={
+            "help": "What max_grad_norm bounds: the global norm, each tensor's (per_tensor), or that of each "
+            "part of the student, as backbone and head (per_module)."
+        },
+    )
+    layer_decay: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate per layer below a ViT's last norm."}
+    )
+    patch_embedding_multiplier: float = field(
+        default=1.0, metadata={"help": "Further factor on the learning rate of a ViT's patch projection."}
     )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Share of unreadable images above which the run stops."}
@@ -111,7 +120,7 @@ class SSLTrainingArguments(TrainingArguments):
             )
         choices = {
             "lars_variant": LARS_VARIANTS,
-            "clip_mode": ("global", "per_tensor"),
+            "clip_mode": ("global", "per_tensor", "per_module"),
             "cached_batch_norm": ("refuse", "ghost"),
             "optimizer": tuple(OPTIMIZERS),
             "learning_rate_schedule": tuple(LEARNING_RATE_SCHEDULES),

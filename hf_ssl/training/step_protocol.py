@@ -14,6 +14,8 @@ class HasSteps(Protocol):
 
     def start_step(self, step: int) -> None: ...
 
+    def hold_parameters(self) -> None: ...
+
     def finish_step(self, step: int) -> None: ...
 
     def epoch_at(self, step: int) -> float: ...
@@ -35,6 +37,11 @@ class StepProtocol(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.trainer.start_step(state.global_step)
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.hold_parameters()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -5,7 +5,8 @@ The order of one optimizer step stands here and nowhere else:
     begin_step          schedules; teachers that move before their forward      (on_step_begin)
     prepare_step        targets that couple the micro-batches                    (on_step_begin)
     forward, backward   once per micro-batch; of a whole batch by gradient caching
-    clip, optimizer
+    clip, hold          what stands still in this step loses its gradient (on_pre_optimizer_step)
+    optimizer
     end_step            teacher, queue, centre                                   (on_optimizer_step)
 """
 
@@ -234,12 +235,20 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
         if self.args.clip_mode == "global":
             return super()._clip_grad_norm(model)
+        pieces = [[parameter] for parameter in model.parameters()]
+        if self.args.clip_mode == "per_module":
+            pieces = [list(part.parameters()) for part in self.model.student.children()]
         norms = [
-            torch.nn.utils.clip_grad_norm_(parameter, self.args.max_grad_norm)
-            for parameter in model.parameters()
-            if parameter.grad is not None
+            torch.nn.utils.clip_grad_norm_(piece, self.args.max_grad_norm)
+            for piece in pieces
+            if any(parameter.grad is not None for parameter in piece)
         ]
         return torch.stack(norms).norm()
+
+    def hold_parameters(self) -> None:
+        """What stands still in this step gets no gradient; after clipping, which official code does first."""
+        for parameter in self.model.held_parameters():
+            parameter.grad = None
 
     # Optimizer and schedules
 
@@ -247,7 +256,12 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         """The recipe's optimizer over the method's own parameter groups."""
         if self.optimizer is None:
             self.model.freeze_targets()
-            groups = self.model.parameter_groups(self.args.weight_decay, self.args.decay_norms_and_biases)
+            groups = self.model.parameter_groups(
+                self.args.weight_decay,
+                self.args.decay_norms_and_biases,
+                self.args.layer_decay,
+                self.args.patch_embedding_multiplier,
+            )
             self.optimizer = build_optimizer(
                 self.args.optimizer,
                 groups,

@@ -33,6 +33,7 @@ SMALL_STEM = {
 CASES = {  # name: method, backbone, fields of the method's config
     "mae": ("mae", VIT, {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}),
     "mocov3": ("mocov3", {**VIT, "layer_scale_value": 0.3}, {"projection_hidden_size": 16}),
+    "dino": ("dino", VIT, {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8}),
     "simclr": ("simclr", SMALL_STEM, {}),
     "moco": ("moco", {**SMALL_STEM, "small_stem_stride": 2}, {"queue_length": 8}),
     "imagenet_stem": ("moco", {**SMALL_STEM, "image_size": 64}, {"queue_length": 8}),

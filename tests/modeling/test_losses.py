@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hf_ssl.modeling.shared.losses import (
+    koleo_loss,
     masked_patch_loss,
     normalize,
     nt_xent_loss,
@@ -267,3 +268,39 @@ def test_temperature_must_be_positive(temperature):
     ):
         with pytest.raises(ValueError, match=f"temperature must be > 0, got {temperature}"):
             loss()
+
+
+# KoLeo
+
+
+@precision
+def test_koleo_matches_the_authors_code(golden, dtype, tolerance):
+    """Mistake 29: a row is not its own neighbour; both ends of a distance get its gradient."""
+    case = golden("dinov2")
+    features = case["koleo_x"].to(dtype).requires_grad_()
+    loss = koleo_loss(features)
+    loss.backward()
+    near(loss, case["koleo_loss"][0], tolerance)
+    near(features.grad, case["koleo_grad"], 10 * tolerance)  # differences of near neighbours
+
+
+def test_koleo_of_equal_rows_is_finite_as_the_authors(golden):
+    case = golden("dinov2")
+    near(koleo_loss(case["koleo_dup_x"]), case["koleo_dup_loss"][0])
+    equal = torch.ones(4, 384, requires_grad=True)
+    loss = koleo_loss(equal.bfloat16())
+    assert loss.dtype == torch.float32 and 15 < loss.item() < 16
+
+
+def test_koleo_seeks_neighbours_within_its_group_alone():
+    features = torch.randn(8, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    features[4] = features[0]  # far apart in the batch
+    halves = [koleo_loss(half) for half in features.chunk(2)]
+    near(koleo_loss(features, group_size=4), torch.stack(halves).mean())
+    assert koleo_loss(features) > koleo_loss(features, group_size=4)
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 16])
+def test_koleo_refuses_groups_that_do_not_fit(group_size):
+    with pytest.raises(ValueError, match=f"divide the 8 of a micro-batch, got koleo_group_size {group_size}"):
+        koleo_loss(torch.randn(8, 4), group_size)

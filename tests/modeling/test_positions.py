@@ -91,3 +91,19 @@ def test_a_constant_table_stays_constant_and_an_equal_grid_is_returned_as_it_is(
 def test_a_table_of_another_grid_is_refused():
     with pytest.raises(ValueError, match="has 10 rows, a grid of 3 x 3 without class token needs 9"):
         resize_positions(torch.zeros(1, 10, 4), (3, 3), (4, 4), has_class_token=False)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (3, 5), (10, 10)])
+@pytest.mark.parametrize(
+    ("name", "options", "tolerance"),
+    [
+        ("offset0.1", {"offset": 0.1}, 1e-9),
+        ("size", {}, 1e-9),
+        ("size_antialias", {"antialias": True}, 1e-6),  # the published code resizes in float32
+    ],
+)
+def test_resizing_matches_the_authors_code(golden, grid, name, options, tolerance):
+    """The published offset moves all values; DINOv2 with registers averages where the grid gets coarser."""
+    case = golden("dino")
+    resized = resize_positions(case["pos_embed"], (7, 7), grid, has_class_token=True, **options)
+    near(resized, case[f"pos_{name}_{grid[0]}x{grid[1]}"], tolerance)

@@ -118,6 +118,7 @@ def test_registration_is_idempotent_and_names_are_the_papers():
         "moco": "MoCoConfig",
         "mocov3": "MoCoV3Config",
         "mae": "MAEConfig",
+        "dino": "DINOConfig",
     }
 
 

@@ -137,18 +137,44 @@ def test_without_class_token_the_pooled_output_is_the_mean_of_patches():
     assert ours.embeddings.position_embeddings.shape == (1, 16, 16)
 
 
-def test_drop_path_drops_whole_samples_scales_the_rest_and_sleeps_in_eval():
-    drop, branch = SSLViTDropPath(0.25), torch.ones(4000, 2, 3)
+@pytest.mark.parametrize("rate", [0.08, 0.25])
+def test_drop_path_drops_whole_samples_scales_the_rest_and_sleeps_in_eval(rate):
+    drop, tokens = SSLViTDropPath(rate), torch.ones(4000, 2, 3)
     torch.manual_seed(0)
-    kept = drop.train()(branch)[:, 0, 0]
-    assert kept.unique().tolist() == [0.0, pytest.approx(4 / 3)]
-    assert (kept == 0).float().mean().item() == pytest.approx(0.25, abs=0.03)
-    assert drop.eval()(branch).equal(branch)
+    change = (drop.train()(tokens, lambda kept: 2 * kept) - tokens)[:, 0, 0]
+    torch.testing.assert_close(change.unique(), torch.tensor([0.0, 2 / (1 - rate)]))
+    assert (change == 0).float().mean().item() == pytest.approx(rate, abs=0.02)
+    assert drop.eval()(tokens, lambda kept: 2 * kept).equal(3 * tokens)
 
 
-def test_drop_path_rises_linearly_to_the_last_block():
-    rates = [layer.drop_path.rate for layer in backbone(num_hidden_layers=3, drop_path_rate=0.2).layers]
-    assert rates == [0.0, 0.1, 0.2]
+@pytest.mark.parametrize(("num_samples", "num_kept"), [(10, 6), (7, 4), (1, 1)])
+def test_branch_is_computed_for_the_kept_samples_alone(num_samples, num_kept):
+    """A fixed number of them, int(b (1 - p)) and at least one; the sum over samples keeps its expectation."""
+    seen = []
+
+    def branch(tokens: torch.Tensor) -> torch.Tensor:
+        seen.append(len(tokens))
+        return torch.ones_like(tokens)
+
+    change = SSLViTDropPath(0.4).train()(torch.zeros(num_samples, 2, 3), branch)
+    assert seen == [num_kept] and (change[:, 0, 0] != 0).sum() == num_kept
+    assert change[:, 0, 0].sum().item() == pytest.approx(num_samples)
+
+
+def test_drop_path_rises_linearly_to_the_last_block_or_is_uniform():
+    rising = backbone(num_hidden_layers=3, drop_path_rate=0.2)
+    uniform = backbone(num_hidden_layers=3, drop_path_rate=0.2, drop_path_uniform=True)
+    assert [layer.drop_path.rate for layer in rising.layers] == [0.0, 0.1, 0.2]
+    assert [layer.drop_path.rate for layer in uniform.layers] == [0.2, 0.2, 0.2]
+
+
+def test_patch_projection_may_start_as_torch_starts_it():
+    """DINO's initialisation passes over the convolution: U(-1/sqrt(48), 1/sqrt(48)), bias too."""
+    ours = backbone(hidden_size=64, weight_initialization="trunc_normal_linears")
+    patch, linear = ours.embeddings.patch_embeddings.projection, ours.layers[0].attention.q_proj
+    bound = 48**-0.5
+    assert 0.97 * bound < patch.weight.abs().max() <= bound and patch.bias.any()
+    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05) and not linear.bias.any()
 
 
 def test_dropped_paths_are_the_same_when_activations_are_recomputed():
@@ -210,3 +236,15 @@ def test_config_describes_its_grid():
     config = SSLViTConfig(**SIZES)
     assert (config.grid_size, config.num_prefix_tokens, config.intermediate_size) == (4, 1, 64)
     assert isinstance(backbone().layers, nn.ModuleList)
+
+
+def test_rates_by_layer_match_the_authors_groups(golden):
+    """Mistake 34: the last block has one factor, the final norm none, the patch projection a further 0.2."""
+    case = golden("dinov2")
+    ours = backbone(num_hidden_layers=12, num_register_tokens=2, use_mask_token=True)
+    multipliers = dict(ours.learning_rate_multipliers(float(case["lr_decay"]), 0.2))
+    tokens = ("cls_token", "position_embeddings", "mask_token", "register_tokens")
+    names = [f"embeddings.{name}" for name in (*tokens, "patch_embeddings.projection.weight")]
+    names += [f"layers.{index}.mlp.fc1.weight" for index in range(12)] + ["layernorm.weight"]
+    near(torch.tensor([multipliers[name] for name in names], dtype=torch.float64), case["lr_mult"])
+    assert len(multipliers) == len(list(ours.parameters()))

@@ -1,5 +1,6 @@
 """Tiny models of every method: one row of the table `TINY_METHODS` gives a method all shared tests."""
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +25,12 @@ TINY_RESNET = {
     "architecture": "resnet18",
     "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
     "image_size": 16,
+}
+TINY_PROTOTYPES = {
+    "num_prototypes": 24,
+    "head_hidden_size": 16,
+    "head_bottleneck_size": 8,
+    "freeze_prototypes": 0,
 }
 TINY_MOCO_V3_HEADS = {"projection_size": 8, "projection_hidden_size": 16}
 
@@ -52,6 +59,16 @@ class TinyMethod:
     def has_vit(self) -> bool:
         """Whether the backbone is our ViT."""
         return self.backbone["model_type"] == "hf_ssl_vit"
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the method keeps a momentum copy of the student."""
+        return self.method not in ("simclr", "mae")
+
+    @property
+    def published(self) -> str:
+        """The branch whose backbone is the encoder."""
+        return str(METHODS[self.method].pretraining_class.base_model_prefix)
 
     @property
     def image_size(self) -> int:
@@ -118,10 +135,22 @@ TINY_METHODS = [
         {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2},
         num_views=0,
     ),
+    TinyMethod(
+        "dino-vit",
+        "dino",
+        {**TINY_VIT, "drop_path_rate": 0.0},  # noise; everything else repeats itself
+        {**TINY_PROTOTYPES, "koleo_weight": 0.1, "koleo_group_size": 2},
+    ),
+    TinyMethod(
+        "dino-cnn",
+        "dino",
+        TINY_RESNET,
+        {**TINY_PROTOTYPES, "normalize_head": True, "train_prototype_scale": True},
+    ),
 ]
 BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
-ONE_OF_EACH = [BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae")]
+ONE_OF_EACH = [BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit")]
 
 
 def run_step(
@@ -138,7 +167,7 @@ def run_step(
     for index, pixels in enumerate(micro_batches):
         first_row = (index * num_processes + rank) * len(pixels)
         rows = torch.arange(first_row, first_row + len(pixels))
-        batches.append({"pixel_values": pixels, "row_index": rows})
+        batches.append({"pixel_values": pixels, "row_index": rows, **local_views(model, pixels)})
     model.begin_step(step, total_steps, seed=3)
     with torch.no_grad():
         model.prepare_step(batches)
@@ -150,10 +179,21 @@ def run_step(
         updates.append(outputs.updates or {})
         total += outputs.loss.item() / len(batches)
     if optimize is not None:
+        for parameter in model.held_parameters():
+            parameter.grad = None
         optimize()
     with torch.no_grad():
         model.end_step(updates)
     return total
+
+
+def local_views(model: SSLForPreTraining, pixels: Tensor) -> dict[str, Tensor]:
+    """Two corners of the first view, for methods that take small crops."""
+    if "local_pixel_values" not in inspect.signature(model.forward).parameters:
+        return {}
+    side = pixels.shape[-1] // 2
+    corners = [pixels[:, 0, :, :side, :side], pixels[:, 0, :, side:, side:]]
+    return {"local_pixel_values": torch.stack(corners, dim=1)}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -162,6 +202,6 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
-    """Copies of teacher and queue."""
-    state = model.state_dict()
-    return {name: value.clone() for name, value in state.items() if name.startswith(("teacher.", "queue."))}
+    """Copies of teacher, queue and centres."""
+    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.")
+    return {name: value.clone() for name, value in state.items() if name.startswith(kept)}

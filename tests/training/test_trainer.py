@@ -176,21 +176,43 @@ def test_warmup_that_does_not_fit_is_refused_at_once(make_trainer: MakeTrainer):
         make_trainer(max_steps=4, warmup_epochs=2)
 
 
-@pytest.mark.parametrize("mode", ["global", "per_tensor"])
+@pytest.mark.parametrize("mode", ["global", "per_tensor", "per_module"])
 def test_clipping_bounds_what_its_mode_names(make_trainer: MakeTrainer, mode: str):
     trainer = make_trainer(max_steps=1, max_grad_norm=1e-3, clip_mode=mode)
     norms: list[Tensor] = []
 
     def look() -> None:
-        gradients = [p.grad for p in trainer.model.parameters() if p.grad is not None]
-        norms.append(torch.stack([gradient.norm() for gradient in gradients]))
+        parts = [list(trainer.model.student.parameters())]
+        if mode == "per_tensor":
+            parts = [[parameter] for parameter in parts[0]]
+        elif mode == "per_module":
+            parts = [list(part.parameters()) for part in trainer.model.student.children()]
+        norms.append(
+            torch.stack([torch.stack([p.grad.norm() for p in part]).norm() for part in parts])  # type: ignore
+        )
 
     trainer.add_callback(AtEveryStep(look))
     trainer.train()
-    bounded = norms[0].norm() if mode == "global" else norms[0].max()
-    assert bounded == pytest.approx(1e-3, rel=1e-2)
-    if mode == "per_tensor":
-        assert norms[0].norm() > 2e-3
+    assert norms[0].max() == pytest.approx(1e-3, rel=1e-2)
+    assert len(norms[0]) == {"global": 1, "per_module": 2}.get(mode, len(norms[0]))
+
+
+def test_held_parameters_are_skipped_by_the_optimizer_after_clipping(make_trainer: MakeTrainer):
+    """Their gradient is gone when it steps, so neither decay nor moments; they train again once let go."""
+    trainer = make_trainer(max_steps=3, weight_decay=0.5, optimizer="adamw", learning_rate=0.1)
+    held = trainer.model.student.head.layers[0].weight
+    start, seen = held.detach().clone(), []
+    trainer.model.held_parameters = lambda: [held] if trainer.state.global_step < 2 else []  # type: ignore
+
+    class Look(TrainerCallback):
+        def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+            seen.append(held.detach().equal(start))
+
+    trainer.add_callback(Look())
+    trainer.train()
+    optimizer: Any = trainer.optimizer
+    assert seen == [True, True, False] and held.requires_grad
+    assert float(optimizer.state[held]["step"]) == 1
 
 
 def test_optimizer_has_the_groups_of_the_model_and_no_teacher(make_trainer: MakeTrainer):

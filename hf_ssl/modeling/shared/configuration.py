@@ -63,11 +63,19 @@ class SSLViTConfig(PreTrainedConfig):
     num_register_tokens: int = 0  # arXiv 2309.16588
     use_mask_token: bool = False
     position_embedding_type: str = "learned"  # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE)
+    # How positions are resized to another grid. 0.1 shifts them as published DINO and DINOv2 features have
+    # it, and no native class does; antialiasing is what `Dinov2WithRegistersModel` does.
+    interpolate_offset: float | int = 0.0
+    interpolate_antialias: bool = False
     layer_scale_value: float | int | None = None  # None: no LayerScale (arXiv 2103.17239)
     drop_path_rate: float | int = 0.0  # of the last block; rises linearly from 0
-    # std 0.02; or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
+    drop_path_uniform: bool = False  # the same rate in all blocks (DINOv2)
+    # std 0.02; "trunc_normal_linears": the patch projection as torch starts it (DINO, iBOT, DINOv2);
+    # or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
     weight_initialization: str = "trunc_normal"
-    class_token_std: float | int = 0.02  # MoCo v3: 1e-6
+    class_token_std: float | int = 0.02  # MoCo v3, DINOv2: 1e-6
+    register_token_std: float | int = 0.02  # DINOv2: 1e-6
+    mask_token_std: float | int = 0.0  # iBOT, DINOv2: 0
     freeze_patch_embedding: bool = False  # MoCo v3 (arXiv 2104.02057, section 4.2)
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -97,7 +105,12 @@ class SSLViTConfig(PreTrainedConfig):
         """Refuse unknown position embeddings and initialisations."""
         choices = {
             "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first"),
-            "weight_initialization": ("trunc_normal", "xavier_uniform", "xavier_uniform_joint_qkv"),
+            "weight_initialization": (
+                "trunc_normal",
+                "trunc_normal_linears",
+                "xavier_uniform",
+                "xavier_uniform_joint_qkv",
+            ),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -213,3 +226,60 @@ class SSLConfig(PreTrainedConfig):
                 f"{type(self).__name__} needs a ViT backbone (model_type hf_ssl_vit), "
                 f"got {type(self.backbone_config).__name__}"
             )
+
+
+@strict
+class SSLDistillationConfig(SSLConfig):
+    """Base of the methods whose student predicts a momentum teacher's choice among prototypes.
+
+    Durations below 1 are shares of the run's steps, others numbers of steps, as transformers' `warmup_steps`.
+    Defaults are those of the authors' `main_dino.py` (arXiv 2104.14294).
+    """
+
+    num_prototypes: int = 65536  # --out_dim
+    head_hidden_size: int = 2048
+    head_bottleneck_size: int = 256
+    num_head_layers: int = 3
+    normalize_head: bool = False  # --use_bn_in_head; what makes small data learn
+    train_prototype_scale: bool = False  # not --norm_last_layer
+    student_temperature: float | int = 0.1  # never scheduled
+    teacher_temperature: float | int = 0.04  # --teacher_temp
+    teacher_temperature_start: float | int = 0.04  # --warmup_teacher_temp
+    teacher_temperature_warmup: float | int = 0.0  # duration; linear
+    center_momentum: float | int = 0.9
+    teacher_momentum: float | int = 0.996  # --momentum_teacher
+    teacher_momentum_end: float | int = 1.0  # reached on half a cosine
+    freeze_prototypes: float | int = 0.01  # duration; --freeze_last_layer, 1 epoch of 100
+    koleo_weight: float | int = 0.0  # of the spread of features, DINOv2
+    # Consecutive images among which KoLeo seeks neighbours; None: a micro-batch. Set it where micro-batch or
+    # processes may change and the loss may not.
+    koleo_group_size: int | None = None
+
+    def validate_head(self) -> None:
+        """Refuse sizes that make no head."""
+        for name in ("num_prototypes", "head_hidden_size", "head_bottleneck_size", "num_head_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    def validate_temperatures(self) -> None:
+        """Refuse temperatures that are none, and a teacher that is not sharper than its student."""
+        for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        warmest = max(self.teacher_temperature, self.teacher_temperature_start)
+        if warmest >= self.student_temperature:
+            raise ValueError(
+                f"the teacher's temperature {warmest} must be below student_temperature "
+                f"{self.student_temperature}: without sharpening, targets become uniform"
+            )
+
+    def validate_shares(self) -> None:
+        """Refuse momenta outside [0, 1] and negative durations and weights."""
+        for name in ("center_momentum", "teacher_momentum", "teacher_momentum_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("teacher_temperature_warmup", "freeze_prototypes", "koleo_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if self.koleo_group_size is not None and self.koleo_group_size < 2:
+            raise ValueError(f"koleo_group_size must be at least 2, got {self.koleo_group_size}")

@@ -46,6 +46,26 @@ def all_gather(x: Tensor) -> Tensor:
     return gathered
 
 
+@torch.no_grad()
+def sum_over_processes(x: Tensor) -> Tensor:
+    """Elementwise sum of a tensor of the same shape in all processes, without gradient."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def max_over_processes(x: Tensor) -> Tensor:
+    """Elementwise maximum of a tensor of the same shape in all processes, without gradient."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, operation: Any) -> Tensor:
+    if world_size() == 1:
+        return x.detach()
+    result = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(result, op=operation)
+    return result
+
+
 class _GatherWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -103,7 +103,43 @@ def solarize(probability: float) -> dict[str, Any]:
 
 
 def view(
-    size: int, crop_spec: dict[str, Any], transforms: list[dict[str, Any]], count: int = 1
+    size: int,
+    crop_spec: dict[str, Any],
+    transforms: list[dict[str, Any]],
+    count: int = 1,
+    kind: str = "global",
 ) -> dict[str, Any]:
-    """One entry of `views`: `count` global views drawn alike."""
-    return {"count": count, "kind": "global", "size": size, "crop": crop_spec, "transforms": transforms}
+    """One entry of `views`: `count` views drawn alike."""
+    return {"count": count, "kind": kind, "size": size, "crop": crop_spec, "transforms": transforms}
+
+
+def multi_crop_views(
+    image_size: int,
+    *,
+    global_scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    num_local_views: int,
+    blur_probabilities: tuple[float, float, float] = (1.0, 0.1, 0.5),
+    local_size: int | None = None,
+) -> list[dict[str, Any]]:
+    """Two global crops drawn differently and small local ones (Caron et al. 2021, arXiv 2104.14294).
+
+    Args:
+        image_size: side of the global crops.
+        global_scale: their share of the image's area.
+        local_scale: that of the local crops.
+        num_local_views: 0 leaves them out.
+        blur_probabilities: of the first and second global view, and of local ones; not at 32 px and below.
+        local_size: side of the local crops; None: 3/7 of the global ones (96 of 224) in steps of 16.
+    """
+    color = [flip(), color_jitter(0.4, 0.4, 0.2, 0.1, probability=0.8), grayscale()]
+    blurs = [[blur(chance)] if image_size > 32 else [] for chance in blur_probabilities]
+    views = [
+        view(image_size, crop(global_scale, "bicubic"), [*color, *blurs[0]]),
+        view(image_size, crop(global_scale, "bicubic"), [*color, *blurs[1], solarize(0.2)]),
+    ]
+    if num_local_views:
+        side = local_size or max(round(image_size * 3 / 7 / 16), 1) * 16
+        transforms = [*color, *blurs[2]]
+        views.append(view(side, crop(local_scale, "bicubic"), transforms, num_local_views, kind="local"))
+    return views

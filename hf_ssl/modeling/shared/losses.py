@@ -162,3 +162,37 @@ def masked_patch_loss(prediction_BNP: Tensor, target_BNP: Tensor, is_masked_BN: 
         error_BNP = full_precision(prediction_BNP) - full_precision(target_BNP.detach())
         is_masked_BN = is_masked_BN.to(error_BNP.dtype)
         return (error_BNP.square().mean(dim=2) * is_masked_BN).sum() / is_masked_BN.sum()
+
+
+def koleo_loss(features_BD: Tensor, group_size: int | None = None) -> Tensor:
+    """Spread of unit features: minus the mean log distance of each to its nearest neighbour in its group.
+
+    Sablayrolles et al. 2018 (arXiv 1806.03198), Eq. 5, as in DINOv2's `koleo_loss.py`, whose group is the
+    batch of a GPU.
+
+    Args:
+        features_BD: features of one view, any norm; both ends of a distance receive its gradient.
+        group_size: number of consecutive rows among which neighbours are sought, >= 2; None: all rows.
+
+    Returns:
+        Scalar, mean over B. Falls below 0 once neighbours are more than 1 apart; 15 to 16 for equal rows.
+
+    Raises:
+        ValueError: rows are no multiple of `group_size`, or a row would be its own neighbour.
+    """
+    size = len(features_BD) if group_size is None else group_size
+    if size < 2 or len(features_BD) % size:
+        raise ValueError(
+            f"KoLeo needs groups of at least 2 images that divide the {len(features_BD)} of a micro-batch, "
+            f"got koleo_group_size {size}"
+        )
+    with without_autocast(features_BD):
+        groups_GSD = F.normalize(full_precision(features_BD), dim=-1, eps=1e-8).unflatten(0, (-1, size))
+        with torch.no_grad():
+            cosines_GSS = groups_GSD @ groups_GSD.transpose(1, 2)
+            cosines_GSS.diagonal(dim1=1, dim2=2).fill_(-1)
+            nearest_GS1 = cosines_GSS.argmax(dim=2, keepdim=True)
+        nearest_GSD = groups_GSD.gather(1, nearest_GS1.expand_as(groups_GSD))
+        # The epsilon is added to every difference, as torch's PairwiseDistance does: equal rows stay finite.
+        distance_GS = (groups_GSD - nearest_GSD + 1e-8).norm(dim=2)
+        return -(distance_GS + 1e-8).log().mean()

@@ -58,7 +58,13 @@ def _encode(coordinate_N: Tensor, width: int) -> Tensor:
 
 
 def resize_positions(
-    table_1ND: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], has_class_token: bool
+    table_1ND: Tensor,
+    old_grid: tuple[int, int],
+    new_grid: tuple[int, int],
+    has_class_token: bool,
+    *,
+    offset: float = 0.0,
+    antialias: bool = False,
 ) -> Tensor:
     """Table for another grid, bicubic as `ViTModel` does it; the class token's row is untouched.
 
@@ -67,6 +73,9 @@ def resize_positions(
         old_grid: (rows, columns) of `table_1ND`.
         new_grid: (rows, columns) of the result.
         has_class_token: the first row belongs to the class token.
+        offset: added to rows and columns of the new grid to give the scale at which the old one is read; 0.1
+            in the published DINO and DINOv2 code, where it guards against rounding and shifts all values.
+        antialias: average over the old grid's cells where the new one is coarser.
 
     Returns:
         Table (1, N', D); `table_1ND` itself if the grids are equal.
@@ -84,5 +93,9 @@ def resize_positions(
     if old_grid == new_grid:
         return table_1ND
     patches = torch.unflatten(table_1ND[:, num_extra:], 1, old_grid).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=new_grid, mode="bicubic", align_corners=False)
+    target: dict[str, tuple[float, ...]] = {"size": new_grid}
+    if offset:
+        scales = ((new + offset) / old for new, old in zip(new_grid, old_grid, strict=True))
+        target = {"scale_factor": tuple(scales)}
+    patches = F.interpolate(patches, mode="bicubic", align_corners=False, antialias=antialias, **target)  # type: ignore[arg-type]
     return torch.cat([table_1ND[:, :num_extra], patches.flatten(2).transpose(1, 2)], dim=1)

@@ -20,6 +20,7 @@ from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
 from hf_ssl.modeling.shared.initialization import initialize_module
 from hf_ssl.modeling.shared.losses import full_precision, normalize
 from hf_ssl.modeling.shared.outputs import SSLOutput
+from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,10 @@ def _unread_tensors(info: dict[str, Any]) -> set[str]:
 class SSLModel(SSLPreTrainedModel):
     """An encoder: the published branch without its heads."""
 
-    _keys_to_ignore_on_load_unexpected = [r"(^|\.)head\.", r"^(student|teacher|queue|predictor)\b"]
+    _keys_to_ignore_on_load_unexpected = [
+        r"(^|\.)(patch_)?head\.",
+        r"^(student|teacher|queue|predictor|(patch_)?center|anchor)\b",
+    ]
 
     def __init__(self, config: SSLConfig) -> None:
         super().__init__(config)
@@ -173,6 +177,14 @@ class SSLForPreTraining(SSLPreTrainedModel):
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """After the optimizer: move teacher, queue or centre once, by the `updates` of all micro-batches."""
 
+    def held_parameters(self) -> Iterable[nn.Parameter]:
+        """Parameters that stand still in the current step, as `begin_step` decided.
+
+        They keep `requires_grad`; the trainer takes their gradients away after clipping, so that the
+        optimizer skips them with decay and moments.
+        """
+        return ()
+
     def check_global_batch(self, global_batch_size: int) -> None:
         """Raise ValueError before step one where the method cannot work with this many images per step."""
 
@@ -214,28 +226,60 @@ class SSLForPreTraining(SSLPreTrainedModel):
         return ((name, value) for name, value in self.named_parameters() if value.requires_grad)
 
     def parameter_groups(
-        self, weight_decay: float, decay_norms_and_biases: bool = False
+        self,
+        weight_decay: float,
+        decay_norms_and_biases: bool = False,
+        layer_decay: float = 1.0,
+        patch_embedding_multiplier: float = 1.0,
     ) -> list[dict[str, Any]]:
         """Groups for the optimizer.
 
         Args:
-            weight_decay: of the decayed group.
-            decay_norms_and_biases: put everything into the decayed group, as the official SGD recipes do.
+            weight_decay: of the decayed groups.
+            decay_norms_and_biases: put everything into the decayed groups, as the official SGD recipes do.
+            layer_decay: factor on the learning rate per layer below the last norm of a ViT; 1: none.
+            patch_embedding_multiplier: further factor on the rate of a ViT's patch projection.
 
         Returns:
-            One or two groups with keys `params`, `weight_decay`, `exclude_from_adaptation` (LARS); vectors
-            and scalars are excluded from both unless asked for.
+            Groups with keys `params`, `weight_decay`, `lr_multiplier`, `exclude_from_adaptation` (LARS), one
+            for each rate and kind; vectors and scalars are excluded from decay and adaptation unless asked
+            for.
+
+        Raises:
+            ValueError: rates by layer were asked for, and the backbone has no layers to tell apart.
         """
-        matrices = [value for _, value in self.trainable_parameters() if value.ndim > 1]
-        vectors = [value for _, value in self.trainable_parameters() if value.ndim <= 1]
-        return [
-            {"params": matrices, "weight_decay": weight_decay, "exclude_from_adaptation": False},
-            {
-                "params": vectors,
-                "weight_decay": weight_decay if decay_norms_and_biases else 0.0,
-                "exclude_from_adaptation": True,
-            },
-        ]
+        multipliers = self._learning_rate_multipliers(layer_decay, patch_embedding_multiplier)
+        groups: dict[tuple[bool, float], dict[str, Any]] = {}
+        for is_vector in (False, True):
+            for name, value in self.trainable_parameters():
+                if (value.ndim <= 1) != is_vector:
+                    continue
+                multiplier = multipliers.get(name, 1.0)
+                empty = {
+                    "params": [],
+                    "weight_decay": weight_decay if decay_norms_and_biases or not is_vector else 0.0,
+                    "lr_multiplier": multiplier,
+                    "exclude_from_adaptation": is_vector,
+                }
+                groups.setdefault((is_vector, multiplier), empty)["params"].append(value)
+        return list(groups.values())
+
+    def _learning_rate_multipliers(self, layer_decay: float, patch_embedding: float) -> dict[str, float]:
+        if layer_decay == 1 and patch_embedding == 1:
+            return {}
+        backbones = {
+            name: module for name, module in self.named_modules() if isinstance(module, SSLViTBackbone)
+        }
+        if not backbones:
+            raise ValueError(
+                f"layer_decay {layer_decay} and patch_embedding_multiplier {patch_embedding} need a ViT "
+                "backbone (model_type hf_ssl_vit); leave them at 1"
+            )
+        return {
+            f"{prefix}.{name}": value
+            for prefix, backbone in backbones.items()
+            for name, value in backbone.learning_rate_multipliers(layer_decay, patch_embedding)
+        }
 
     def freeze_targets(self) -> None:
         """Freeze the teacher and what modules declare frozen."""

@@ -1,4 +1,4 @@
-"""The momentum (EMA) teacher: how it follows the student, and the schedules of its momentum."""
+"""The momentum (EMA) teacher: how it follows the student; schedules of its momentum and temperature."""
 
 import math
 
@@ -46,6 +46,18 @@ def cosine_momentum(step: int, total_steps: int, base: float, final: float = 1.0
 def linear_momentum(step: int, total_steps: int, base: float, final: float = 1.0) -> float:
     """Momentum of a 0-based step on a line from `base` (step 0) to `final` (step `total_steps`)."""
     return base + (final - base) * _progress(step, total_steps)
+
+
+def num_steps(duration: float, total_steps: int) -> int:
+    """Optimizer steps of a duration: a share of the run below 1, otherwise a number of steps."""
+    return round(duration * total_steps) if duration < 1 else int(duration)
+
+
+def linear_warmup(step: int, warmup_steps: int, start: float, end: float) -> float:
+    """From `start` (step 0) on a line to `end` (the last step of the warm-up), then `end`."""
+    if step >= warmup_steps:
+        return end
+    return start + (end - start) * step / max(warmup_steps - 1, 1)
 
 
 def _progress(step: int, total_steps: int) -> float:

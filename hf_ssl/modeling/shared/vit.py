@@ -8,7 +8,7 @@ Shape suffixes in this file: B = images, N = patches, M = visible patches, T = t
 D = width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +106,10 @@ class SSLViTEmbeddings(nn.Module):
         config = self.config
         if self.cls_token is not None:
             init.normal_(self.cls_token, std=config.class_token_std)
-        for token in (self.register_tokens, self.mask_token):
-            if token is not None:
-                init.normal_(token, std=0.02)
+        if self.register_tokens is not None:
+            init.normal_(self.register_tokens, std=config.register_token_std)
+        if self.mask_token is not None:
+            init.normal_(self.mask_token, std=config.mask_token_std)
         if config.position_embedding_type == "learned":
             init.trunc_normal_(self.position_embeddings, std=0.02)
         else:
@@ -157,7 +158,12 @@ class SSLViTEmbeddings(nn.Module):
         if grid == trained:
             return self.position_embeddings
         return resize_positions(
-            self.position_embeddings, trained, grid, has_class_token=self.config.use_class_token
+            self.position_embeddings,
+            trained,
+            grid,
+            has_class_token=self.config.use_class_token,
+            offset=self.config.interpolate_offset,
+            antialias=self.config.interpolate_antialias,
         )
 
 
@@ -236,20 +242,33 @@ class SSLViTLayerScale(nn.Module):
         return tokens_BTD * self.lambda1
 
 
+# Up to this rate samples are dropped one by one, above it a fixed number of them, whose branch is then not
+# computed: at low rates that would save nothing and round the rate. The limit is DINOv2's.
+LARGEST_RATE_PER_SAMPLE = 0.1
+
+
 class SSLViTDropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382), kept samples scaled by 1 / keep."""
+    """Residual connection with stochastic depth per sample (arXiv 1603.09382; the subset form of DINOv2).
+
+    The kept samples' branch is scaled so that its expectation is that of all samples.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch_BTD: Tensor) -> Tensor:
-        """Tokens of the same shape; whole samples set to zero while training."""
+    def forward(self, tokens_BTD: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """tokens + branch(tokens); while training without the branch for some samples."""
         if not self.training or self.rate == 0:
-            return branch_BTD
-        keep = 1 - self.rate
-        kept = branch_BTD.new_empty(len(branch_BTD), 1, 1).bernoulli_(keep)
-        return branch_BTD * (kept / keep)
+            return tokens_BTD + branch(tokens_BTD)
+        num_samples, keep = len(tokens_BTD), 1 - self.rate
+        if self.rate <= LARGEST_RATE_PER_SAMPLE:
+            kept = tokens_BTD.new_empty(num_samples, 1, 1).bernoulli_(keep)
+            return tokens_BTD + branch(tokens_BTD) * (kept / keep)
+        num_kept = max(int(num_samples * keep), 1)
+        kept_index = torch.randperm(num_samples, device=tokens_BTD.device)[:num_kept]
+        change = branch(tokens_BTD[kept_index]).to(tokens_BTD.dtype)
+        return tokens_BTD.index_add(0, kept_index, change, alpha=num_samples / num_kept)
 
 
 class SSLViTLayer(GradientCheckpointingLayer):
@@ -267,11 +286,19 @@ class SSLViTLayer(GradientCheckpointingLayer):
         self.drop_path = SSLViTDropPath(drop_path_rate)
 
     def forward(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, T, D) and the attention weights, if the implementation returns them."""
-        attended, weights = self.attention(self.layernorm_before(tokens_BTD))
-        tokens_BTD = tokens_BTD + self.drop_path(self.layer_scale1(attended))
-        hidden = self.mlp(self.layernorm_after(tokens_BTD))
-        return tokens_BTD + self.drop_path(self.layer_scale2(hidden)), weights
+        """Tokens (B, T, D) and the attention weights (of the samples kept), if there are any."""
+        weights: list[Tensor | None] = []
+
+        def attend(tokens: Tensor) -> Tensor:
+            attended, attention = self.attention(self.layernorm_before(tokens))
+            weights.append(attention)
+            return self.layer_scale1(attended)
+
+        def transform(tokens: Tensor) -> Tensor:
+            return self.layer_scale2(self.mlp(self.layernorm_after(tokens)))
+
+        tokens_BTD = self.drop_path(self.drop_path(tokens_BTD, attend), transform)
+        return tokens_BTD, weights[0]
 
 
 class SSLViTLayers(nn.ModuleList):
@@ -280,6 +307,8 @@ class SSLViTLayers(nn.ModuleList):
     def __init__(self, config: SSLViTConfig) -> None:
         depth = config.num_hidden_layers
         rates = [config.drop_path_rate * index / max(depth - 1, 1) for index in range(depth)]
+        if config.drop_path_uniform:
+            rates = [config.drop_path_rate] * depth
         super().__init__(SSLViTLayer(config, rate) for rate in rates)
 
     def run(self, tokens_BTD: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
@@ -295,7 +324,13 @@ class SSLViTLayers(nn.ModuleList):
 def set_vit_initialization(module: nn.Module, config: SSLViTConfig) -> None:
     """Let the Linears of blocks and embeddings start as `config.weight_initialization` says."""
     joint = config.weight_initialization == "xavier_uniform_joint_qkv"
-    set_weight_initialization(module, "xavier_uniform" if joint else config.weight_initialization)
+    rules = {"xavier_uniform_joint_qkv": "xavier_uniform", "trunc_normal_linears": "trunc_normal"}
+    rule = config.weight_initialization
+    set_weight_initialization(module, rules.get(rule, rule))
+    if rule == "trunc_normal_linears":
+        for embeddings in module.modules():
+            if isinstance(embeddings, SSLViTPatchEmbeddings):
+                set_weight_initialization(embeddings, "torch")
     for attention in module.modules():
         if joint and isinstance(attention, SSLViTAttention):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
@@ -348,6 +383,24 @@ class SSLViTBackbone(nn.Module):
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
         )
+
+    def learning_rate_multipliers(
+        self, layer_decay: float, patch_embedding: float
+    ) -> Iterator[tuple[str, float]]:
+        """Factor on the learning rate of every parameter: one `layer_decay` for each layer above it.
+
+        The final norm has 1, the last block `layer_decay`, all embeddings the power depth + 1, the patch
+        projection also the factor `patch_embedding` (DINOv2's `param_groups.py`).
+        """
+        depth = len(self.layers)
+        for name, _ in self.named_parameters():
+            layers_above = 0
+            if name.startswith("embeddings."):
+                layers_above = depth + 1
+            elif name.startswith("layers."):
+                layers_above = depth - int(name.split(".")[1])
+            factor = patch_embedding if name.startswith("embeddings.patch_embeddings.") else 1.0
+            yield name, factor * layer_decay**layers_above
 
     def patch_mean(self, tokens_BTD: Tensor) -> Tensor:
         """Mean of the patch tokens (B, D)."""

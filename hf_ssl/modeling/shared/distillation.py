@@ -1,0 +1,217 @@
+"""Self-distillation: a student learns a momentum teacher's choice among prototypes, view by view.
+
+What the methods of this kind share: the two branches, the schedules of a step, targets of all micro-batches
+of a step, and the moves of centre and teacher after it.
+Shape suffixes: B = images of a micro-batch, P = images of the step in this process, G = global views,
+L = local views, V = G + L, D = backbone width, d = bottleneck width, K = prototypes.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from hf_ssl.modeling.shared.backbone import build_backbone
+from hf_ssl.modeling.shared.centering import PrototypeCenter, centered_targets, mean_logits
+from hf_ssl.modeling.shared.configuration import SSLDistillationConfig
+from hf_ssl.modeling.shared.distributed import convert_batchnorm, world_size
+from hf_ssl.modeling.shared.heads import PrototypeHead, Prototypes
+from hf_ssl.modeling.shared.losses import koleo_loss
+from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, Branch, SSLForPreTraining, join_views
+from hf_ssl.modeling.shared.prototypes import PrototypeTargets
+from hf_ssl.modeling.shared.teacher import cosine_momentum, linear_warmup, num_steps, update_teacher
+
+NUM_GLOBAL_VIEWS = 2
+CENTER_TENSORS = r"^(patch_)?center\.value$"
+
+
+class SelfDistillation(SSLForPreTraining):
+    """Base of the pre-training models; subclasses make the branches and centres and define `forward`."""
+
+    base_model_prefix = "teacher"
+    _keep_in_fp32_modules_strict = [TEACHER_TENSORS, CENTER_TENSORS]
+    config: SSLDistillationConfig
+    student: Branch
+    teacher: Branch
+    center: PrototypeCenter
+
+    def __init__(self, config: SSLDistillationConfig) -> None:
+        super().__init__(config)
+        self._teacher_temperature = float(config.teacher_temperature_start)
+        self._teacher_momentum = float(config.teacher_momentum)
+        self._holds_prototypes = False
+        self._step_seed = (0, 0)
+        self._class_targets: StepTargets | None = None
+
+    @staticmethod
+    def build_branch(config: SSLDistillationConfig) -> Branch:
+        """Backbone and head; BatchNorm, if there is any, over all processes."""
+        backbone = build_backbone(config.backbone_config)
+        branch = Branch(backbone, build_head(config, backbone.hidden_size))
+        convert_batchnorm(branch, "synchronized")
+        return branch
+
+    def finish_construction(self) -> None:
+        """As for all methods; and put the teacher into its mode."""
+        super().finish_construction()
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """The teacher stays in eval mode, so that no drop path blurs its targets; not so its BatchNorms.
+
+        Those take the statistics of the batch, as in the authors' code: running ones lag behind weights
+        that move.
+        """
+        super().train(mode)
+        for module in self.teacher.modules():
+            module.training = mode and isinstance(module, _BatchNorm)
+        return self
+
+    # The step
+
+    def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
+        """Temperature and momentum of the step, and whether prototypes stand still."""
+        config = self.config
+        self._step_seed = (seed, step)
+        self._teacher_temperature = linear_warmup(
+            step,
+            num_steps(config.teacher_temperature_warmup, total_steps),
+            config.teacher_temperature_start,
+            config.teacher_temperature,
+        )
+        self._teacher_momentum = cosine_momentum(
+            step, total_steps, config.teacher_momentum, config.teacher_momentum_end
+        )
+        self._holds_prototypes = step < num_steps(config.freeze_prototypes, total_steps)
+        self._class_targets = None
+
+    def held_parameters(self) -> Iterable[nn.Parameter]:
+        """The student's prototypes at the start of a run; the MLP before them finds its place first."""
+        for module in self.student.modules() if self._holds_prototypes else ():
+            if isinstance(module, Prototypes):
+                yield from module.parameters()
+
+    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """Let the teacher see all micro-batches of the step."""
+        vectors = [self.class_vectors(batch["pixel_values"]) for batch in batches]
+        self._class_targets = StepTargets(self.targets_of(torch.cat(vectors)), len(vectors[0]))
+
+    @torch.no_grad()
+    def class_vectors(self, pixel_values: Tensor) -> Tensor:
+        """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
+        _, vectors = self.teacher(join_views(pixel_values, NUM_GLOBAL_VIEWS))
+        return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
+
+    def targets_of(self, vectors_PGd: Tensor) -> PrototypeTargets:
+        """Targets of teacher vectors, in the order (P, G)."""
+        prototypes_Kd = self.teacher.head.prototypes.vectors().detach()  # type: ignore[union-attr, operator]
+        return centered_targets(
+            vectors_PGd.flatten(0, 1), prototypes_Kd, self.center, self._teacher_temperature
+        )
+
+    def targets_of_rows(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
+        """Targets of a micro-batch, view after view: the prepared ones, or of this batch alone."""
+        prepared = self._class_targets
+        if prepared is None or row_index is None:
+            prepared = StepTargets(self.targets_of(self.class_vectors(pixel_values)), len(pixel_values))
+            row_index = prepared.first_rows(pixel_values)
+        return prepared.of_rows(row_index)
+
+    def end_step(self, updates: list[dict[str, Tensor]]) -> None:
+        """Move the centre by the teacher that made the targets, then the teacher."""
+        if self._class_targets is not None:
+            targets = self._class_targets.targets
+            mean_K = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.prototypes)
+            self.center.update(mean_K, self.config.center_momentum)
+        self._class_targets = None
+        update_teacher(self.teacher, self.student, self._teacher_momentum)
+
+    # Parts of the loss
+
+    def student_features(
+        self, pixel_values: Tensor, local_pixel_values: Tensor | None, **kwargs: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled features (V * B, D) of all views, blocked by view, and the tokens of the global ones.
+
+        Args:
+            pixel_values: (B, G, C, H, W).
+            local_pixel_values: (B, L, C, h, w), or None.
+            **kwargs: passed on to the backbone's pass over the global views.
+        """
+        outputs = self.student.backbone(join_views(pixel_values, NUM_GLOBAL_VIEWS), **kwargs)
+        features = [outputs.pooler_output]
+        if local_pixel_values is not None:
+            # Crops of one size make one pass; another size is another pass.
+            local = self.student.backbone(local_pixel_values.transpose(0, 1).flatten(0, 1))
+            features.append(local.pooler_output)
+        return torch.cat(features), outputs.last_hidden_state
+
+    def koleo(self, features_RD: Tensor, num_images: int) -> Tensor:
+        """Sum over the global views of their spread; 0 where it has no weight."""
+        if not self.config.koleo_weight:
+            return features_RD.new_zeros(())
+        views = features_RD[: NUM_GLOBAL_VIEWS * num_images].split(num_images)
+        return torch.stack([koleo_loss(view, self.config.koleo_group_size) for view in views]).sum()
+
+    def check_global_batch(self, global_batch_size: int) -> None:
+        """Refuse a batch that has no whole groups for KoLeo; a micro-batch must have them too."""
+        size = self.config.koleo_group_size
+        if self.config.koleo_weight and size and global_batch_size % size:
+            raise ValueError(
+                f"koleo_group_size {size} does not divide the global batch {global_batch_size}; give one "
+                "that divides the images of every micro-batch"
+            )
+
+    def expectations(self) -> dict[str, float]:
+        """Numbers in nats; where a random network's images still look alike, the loss starts lower."""
+        config = self.config
+        log_k, width = math.log(config.num_prototypes), config.head_bottleneck_size
+        spread = 1 / (2 * width * config.student_temperature**2)
+        sharpness = 1 / (2 * width * config.teacher_temperature_start**2)
+        return {
+            "loss_at_start": log_k + spread,
+            "loss_of_uniform": log_k,
+            "target_entropy_at_start": max(log_k - sharpness, 0.0),
+        }
+
+
+class StepTargets:
+    """Targets of all global views of a step in this process.
+
+    Args:
+        targets: in the order (P, G), micro-batch after micro-batch.
+        micro_batch_size: B.
+    """
+
+    def __init__(self, targets: PrototypeTargets, micro_batch_size: int) -> None:
+        self.targets = targets
+        self.micro_batch_size = micro_batch_size
+
+    def first_rows(self, pixel_values: Tensor) -> Tensor:
+        """Rows of the global batch that a first micro-batch of this process alone would have."""
+        return torch.arange(len(pixel_values), device=pixel_values.device)
+
+    def positions(self, row_index: Tensor) -> Tensor:
+        """Place among this process's P images of rows (j * W + r) * B + i of the global batch."""
+        rows_of_all = self.micro_batch_size * world_size()
+        return row_index // rows_of_all * self.micro_batch_size + row_index % self.micro_batch_size
+
+    def of_rows(self, row_index: Tensor) -> PrototypeTargets:
+        """Targets of rows of the global batch, view after view."""
+        views = torch.arange(NUM_GLOBAL_VIEWS, device=row_index.device)[:, None]
+        return self.targets.rows(self.positions(row_index) * NUM_GLOBAL_VIEWS + views)
+
+
+def build_head(config: SSLDistillationConfig, input_size: int) -> PrototypeHead:
+    """The head that `config` describes."""
+    return PrototypeHead(
+        input_size,
+        config.head_hidden_size,
+        config.head_bottleneck_size,
+        config.num_prototypes,
+        config.num_head_layers,
+        hidden_norm=config.normalize_head,
+        train_scale=config.train_prototype_scale,
+    )
