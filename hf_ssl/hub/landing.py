@@ -5,7 +5,6 @@ Every export is loaded again and compared with our encoder before its folder app
 
 import copy
 import json
-import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,6 @@ from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLPreTrainedModel
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
-
-logger = logging.getLogger(__name__)
 
 REPORT_FILE = "export.json"
 _FILES = ("config.json", "model.safetensors", "preprocessor_config.json", REPORT_FILE)
@@ -93,7 +90,6 @@ def export_encoder(
         (partial / REPORT_FILE).write_text(json.dumps(asdict(report), indent=2) + "\n")
 
     write_whole_folder(folder, write)
-    logger.info("exported %s to %s, difference %.1e", landing.native_class, folder, differences[0])
     return _report(landing, str(folder), differences[0], notes, size)
 
 

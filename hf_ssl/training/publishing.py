@@ -37,6 +37,7 @@ def complete_folder(
         ValueError: the encoder fits no native class.
     """
     report = export_encoder(folder, folder / ENCODER, overwrite=True)
+    logger.info("exported  %s, difference %.1e", report.native_class, report.max_abs_difference)
     curves = draw_history(log_history)
     if curves is not None:
         (folder / FIGURES).mkdir(exist_ok=True)

@@ -26,7 +26,7 @@ PREFIXES = (  # of the network's tensors in our encoders and in transformers' wr
     "network.",
 )
 NOT_LEARNED_HERE = ("pooler.", "embeddings.mask_token")  # of native ViTs; our backbones may lack them
-ANY_ERROR = (OSError, RuntimeError, ValueError)  # of loading what may not be there
+ANY_ERROR = (OSError, RuntimeError, TypeError, ValueError)  # of loading what may not be there
 
 
 @dataclass(frozen=True)
