@@ -28,7 +28,7 @@ def test_help_imports_neither_torch_nor_transformers():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.rstrip().endswith("[]"), result
     assert result.returncode == 0
-    for command in ("methods", "train", "evaluate", "embed", "export", "show"):
+    for command in ("methods", "train", "evaluate", "embed", "export", "push", "show"):
         assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE)
 
 

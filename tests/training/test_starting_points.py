@@ -176,7 +176,8 @@ def test_a_run_writes_down_the_commit_it_started_from_and_takes_its_model(
         assert str(find_starting_point(name).location) == f"tester/mae@{first.oid}"
     run = train(
         "mae", output_dir=str(tmp_path / "run"), init_from="tester/mae@v1", dataset=str(image_folder),
-        max_steps=1, warmup_steps=0, global_batch_size=4, learning_rate=0.0, weight_decay=0.0, bf16=False, probe_dataset=None,
+        max_steps=1, warmup_steps=0,
+        global_batch_size=4, learning_rate=0.0, weight_decay=0.0, bf16=False, probe_dataset=None,
         probe_splits=None, probe_config_names=None, probe_label_column=None, split=None, save_steps=1,
     )  # fmt: skip
     recipe = load_recipe(str(run.folder / "recipe.yaml"))
