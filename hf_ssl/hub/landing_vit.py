@@ -117,12 +117,29 @@ def _vit_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]
     return state
 
 
+def own_vit_state(state: dict[str, Tensor], has_layer_scale: bool) -> dict[str, Tensor]:
+    """Tensors of a native ViT under the names of our backbone.
+
+    Args:
+        state: of any class that `choose_native_class` names, in memory.
+        has_layer_scale: whether our backbone has LayerScale; if not, it is folded, which is exact for ones.
+    """
+    own = {}
+    for name, tensor in state.items():
+        name = re.sub(r"^encoder\.layer\.", "layers.", name)
+        own[name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")] = tensor
+    return own if has_layer_scale else _fold_layer_scale(own)
+
+
 def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Multiply each LayerScale into the rows of the Linear before it, rounded once."""
     folded = {name: tensor for name, tensor in state.items() if not name.endswith(".lambda1")}
     for name in state.keys() - folded.keys():
         layer, scale = name.rsplit(".", 2)[0], state[name].double()
-        linear = f"{layer}.attention.o_proj" if ".layer_scale1." in name else f"{layer}.mlp.fc2"
+        after = "attention.o_proj" if ".layer_scale1." in name else "mlp.fc2"
+        if f"{layer}.{after}.weight" not in state:  # a gated MLP
+            after = "mlp.down_proj"
+        linear = f"{layer}.{after}"
         folded[f"{linear}.weight"] = (state[f"{linear}.weight"].double() * scale[:, None]).float()
         folded[f"{linear}.bias"] = (state[f"{linear}.bias"].double() * scale).float()
     return folded

@@ -93,7 +93,7 @@ METHODS = {
             "2111.06377",
             "encode a quarter of the patches, reconstruct the rest",
             "Masked Autoencoders Are Scalable Vision Learners",
-            "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Dollar and Ross Girshick",
+            "Kaiming He and Xinlei Chen and Saining Xie and Yanghao Li and Piotr Dollár and Ross Girshick",
         ),
         Method(
             "dino",

@@ -46,10 +46,9 @@ from hf_ssl.training.recipes import (
     load_recipe,
     override,
     training_arguments,
-    with_model_of,
 )
 from hf_ssl.training.run_lock import LOCK_FILE, run_lock
-from hf_ssl.training.starting_points import build_model, find_starting_point
+from hf_ssl.training.starting_points import build_model, with_start
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -140,7 +139,7 @@ def train(
                     f"a resumed run has its {name} already; leave {name} out, or start a new run"
                 )
         return _published(_continue(Path(resume), overrides))
-    chosen = _started_from(_choose_recipe(method, recipe), init_from, adopt_model=recipe is None)
+    chosen = with_start(_choose_recipe(method, recipe), init_from, adopt_model=recipe is None)
     resolved = override(chosen, overrides)
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
@@ -164,22 +163,6 @@ def _choose_recipe(method: str | None, recipe: str | Recipe | None) -> Recipe:
     if method is not None and chosen.method != method:
         raise RecipeError(f"recipe {chosen.name} is for {chosen.method}, not {method}")
     return chosen
-
-
-def _started_from(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Recipe:
-    """The recipe with its starting point written down to the commit.
-
-    Raises:
-        RecipeError: there is nothing to start from.
-    """
-    name = init_from or recipe.init_from
-    if name is None:
-        return recipe
-    start = find_starting_point(name)
-    if adopt_model and start.is_of(recipe.method):
-        logger.info("model     as %s has it", start.location)
-        recipe = with_model_of(recipe, start.config, start.processor())
-    return replace(recipe, init_from=str(start.location))
 
 
 def _published(run: Run) -> Run:

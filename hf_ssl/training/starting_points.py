@@ -5,18 +5,20 @@ the Hub, `owner/name` or `owner/name@revision`; a name without an owner is one o
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
+from hf_ssl.hub.landing_vit import own_vit_state
 from hf_ssl.hub.locations import Location, locate
 from hf_ssl.hub.small_stem import restore_small_stem
 from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
-from hf_ssl.training.recipes import Recipe, RecipeError
+from hf_ssl.training.recipes import Recipe, RecipeError, with_model_of
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +78,27 @@ def _with_owner(name: str) -> str:
         return name
     pretrained = timm.get_pretrained_cfg(name)
     return name if pretrained is None else f"timm/{pretrained.architecture}.{pretrained.tag}"
+
+
+def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Recipe:
+    """The recipe with its starting point written down to the commit.
+
+    Args:
+        recipe: left as it is.
+        init_from: in place of the recipe's own starting point.
+        adopt_model: take model and views from a starting point of the same method.
+
+    Raises:
+        RecipeError: there is nothing to start from.
+    """
+    name = init_from or recipe.init_from
+    if name is None:
+        return recipe
+    start = find_starting_point(name)
+    if adopt_model and start.is_of(recipe.method):
+        logger.info("model     as %s has it", start.location)
+        recipe = with_model_of(recipe, start.config, start.processor())
+    return replace(recipe, init_from=str(start.location))
 
 
 def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
@@ -140,9 +163,11 @@ def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLFo
     encoder = start.location.load(AutoModel, start.subfolder)
     state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
     branch: Any = model.published_branch()
-    stride = getattr(branch.backbone.config, "small_stem_stride", 0)
-    if stride and type(encoder).__name__ == "TimmWrapperModel":
-        state = restore_small_stem(state, stride)
+    backbone = branch.backbone.config
+    if isinstance(backbone, SSLViTConfig):
+        state = own_vit_state(state, has_layer_scale=backbone.layer_scale_value is not None)
+    elif backbone.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
+        state = restore_small_stem(state, backbone.small_stem_stride)
     network = getattr(branch.backbone, "network", branch.backbone)  # a CNN's own names are timm's
     _check_tensors(network.state_dict(), state, type(encoder).__name__)
     network.load_state_dict(state, strict=False)

@@ -79,6 +79,13 @@ def test_the_trainer_publishes_while_it_trains_and_goes_on_when_that_fails(
     assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
 
 
+def test_strategy_end_publishes_nothing_while_training(hub: HubServer, make_trainer: Any):
+    options = {"save_strategy": "steps", "save_steps": 2, "hub_strategy": "end", "hub_private_repo": True}
+    trainer = make_trainer(push_to_hub=True, hub_model_id="tester/moco", **options)
+    trainer.train()
+    assert len(titles("tester/moco")) == 1 and hub.repositories["models", "tester/moco"].private
+
+
 @pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
 def test_strategies_that_would_publish_pickles_are_refused(make_trainer: Any, strategy: str):
     with pytest.raises(

@@ -10,7 +10,7 @@ import timm
 import torch
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
-from transformers import ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_ssl.hub import export_encoder, prepare_repository, publish
 from hf_ssl.modeling import METHODS
@@ -108,6 +108,37 @@ def test_a_foreign_native_vit_starts_both_branches(tmp_path: Path):
     for branch in (model.student, model.teacher):
         for key, value in branch.backbone.state_dict().items():
             assert torch.equal(native[key], value), key
+
+
+@pytest.mark.parametrize(
+    ("options", "native_class"),
+    [
+        ({"num_register_tokens": 2, "layer_scale_value": 0.3}, "Dinov2WithRegistersModel"),
+        ({"use_swiglu_ffn": True, "intermediate_size": 64}, "Dinov2Model"),
+        ({"use_class_token": False}, "IJepaModel"),
+        ({}, "ViTModel"),
+    ],
+)
+def test_every_native_vit_gives_the_encoder_back_that_landed_in_it(
+    tmp_path: Path, options: dict[str, Any], native_class: str
+):
+    saved = save(tmp_path / "run", "mocov3-vit", backbone_config=options)
+    assert export_encoder(tmp_path / "run", tmp_path / "encoder").native_class == native_class
+    model = started("mocov3-vit", tmp_path / "encoder", backbone_config=options)
+    for branch in (model.student, model.teacher):
+        assert_same(branch.backbone.state_dict(), saved.student.backbone.state_dict())
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_foreign_layer_scale_is_folded_where_the_backbone_has_none(tmp_path: Path, gated: bool):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+    config = Dinov2Config(**sizes, patch_size=4, layerscale_value=0.3, use_swiglu_ffn=gated)
+    native = Dinov2Model(config).eval()
+    native.save_pretrained(tmp_path / "dinov2")
+    model = started("mocov3-vit", tmp_path / "dinov2", backbone_config={"use_swiglu_ffn": gated}).eval()
+    pixels = torch.rand(2, 3, 16, 16)
+    found = model.student.backbone(pixels).last_hidden_state
+    torch.testing.assert_close(found, native(pixels).last_hidden_state, rtol=0, atol=1e-5)
 
 
 def test_an_encoder_that_does_not_fit_is_refused_with_the_tensors_counted(tmp_path: Path):
