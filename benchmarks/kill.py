@@ -1,6 +1,6 @@
 """The same kill for three ways to pre-train: what does the run lose that is resumed as its docs say?
 
-    python benchmarks/kill.py        (about two minutes on two cores)
+    python benchmarks/kill.py        (half a minute of CPU time, most of the rest is waiting for starts)
 
 Each trains three times: without interruption, once more so (a run that does not repeat itself cannot be
 resumed exactly), and with SIGKILL in its third epoch, then resumed. Every life is a fork of this process,
