@@ -11,7 +11,7 @@ number of steps are the same; models are tiny, as only bookkeeping is compared.
 - transformers: its Trainer and `ViTMAEForPreTraining`, transforms and collation as in its example run_mae.py,
   on a shuffled `datasets` stream; a checkpoint every 10 steps, `train(resume_from_checkpoint=True)`.
 - lightly: MoCo as in its Lightning example, with `NTXentLoss(memory_bank_size=...)`; Lightning's own
-  checkpoint at the end of every epoch, as the example sets none; `fit(ckpt_path=...)` as Lightning's docs say.
+  checkpoint at the end of every epoch, as the example sets none; `fit(ckpt_path=...)` as its docs say.
 """
 
 import argparse
