@@ -1,6 +1,6 @@
 """The same kill for three ways to pre-train: what does the run lose that is resumed as its docs say?
 
-    python benchmarks/kill.py        (about two minutes on two cores)
+    python benchmarks/kill.py        (half a minute of CPU time, most of the rest is waiting for starts)
 
 Each trains three times: without interruption, once more so (a run that does not repeat itself cannot be
 resumed exactly), and with SIGKILL in its third epoch, then resumed. Every life is a fork of this process,
@@ -11,7 +11,7 @@ number of steps are the same; models are tiny, as only bookkeeping is compared.
 - transformers: its Trainer and `ViTMAEForPreTraining`, transforms and collation as in its example run_mae.py,
   on a shuffled `datasets` stream; a checkpoint every 10 steps, `train(resume_from_checkpoint=True)`.
 - lightly: MoCo as in its Lightning example, with `NTXentLoss(memory_bank_size=...)`; Lightning's own
-  checkpoint at the end of every epoch, as the example sets none; `fit(ckpt_path=...)` as Lightning's docs say.
+  checkpoint at the end of every epoch, as the example sets none; `fit(ckpt_path=...)` as its docs say.
 """
 
 import argparse

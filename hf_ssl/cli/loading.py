@@ -26,8 +26,8 @@ def run_recipe(run: str) -> Any:
     Raises:
         ValueError: the folder is no run.
     """
+    from hf_ssl.hub.cards import RECIPE_FILE
     from hf_ssl.training.recipes import load_recipe
-    from hf_ssl.training.run import RECIPE_FILE
 
     if not (Path(run) / RECIPE_FILE).is_file():
         raise ValueError(f"'{run}' is no run: it has no {RECIPE_FILE}")

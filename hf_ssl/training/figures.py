@@ -14,6 +14,7 @@ from hf_ssl.data.readers import load_image
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import read_rows
+from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
@@ -22,7 +23,7 @@ from hf_ssl.pictures.reconstructions import draw_reconstructions
 from hf_ssl.pictures.views import draw_views
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import RecipeError, load_recipe
-from hf_ssl.training.run import RECIPE_FILE, open_sources
+from hf_ssl.training.run import open_sources
 
 NUM_IMAGES = 6
 NUM_NEIGHBORS = 6

@@ -4,8 +4,6 @@ import contextlib
 import json
 import logging
 import shlex
-import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from transformers import set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
 from hf_ssl.evaluation.protocol import ENCODER, Scores
-from hf_ssl.hub.cards import chance_margin
+from hf_ssl.hub.cards import RECIPE_FILE, chance_margin
 from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.hub.publishing import PublishError
 from hf_ssl.modeling import METHODS
@@ -25,7 +23,6 @@ from hf_ssl.training.checkpoints import (
     WRITE_ERRORS,
     CheckpointError,
     checkpoint_folders,
-    checkpoints,
     resume_hint,
     write_failed,
 )
@@ -47,15 +44,14 @@ from hf_ssl.training.recipes import (
     override,
     training_arguments,
 )
-from hf_ssl.training.run_lock import LOCK_FILE, run_lock
+from hf_ssl.training.run_folder import new_run_folder
+from hf_ssl.training.run_lock import run_lock
 from hf_ssl.training.starting_points import build_model, with_start
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
 
-RECIPE_FILE = "recipe.yaml"
-KILLED_AT_ONCE = {LOCK_FILE, f".{RECIPE_FILE}.partial"}  # all that a run leaves that had not begun
 FLOORS_FILE = "floors.json"  # measured once: a resumed run no longer has the encoder of step 0
 FINAL_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "training_args.bin")
 # Keys of a recipe that change what a run says, keeps and costs, but no weight of it.
@@ -144,7 +140,7 @@ def train(
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:
-        new_folder = _new_folder(output_dir, resolved.name)
+        new_folder = new_run_folder(output_dir, resolved.name)
         folder = on_first_process(args, lambda: stack.enter_context(new_folder))
         trainer = build_trainer(resolved, folder, args)
         _save_recipe(trainer, resolved, folder)
@@ -221,55 +217,6 @@ def _save_recipe(trainer: SSLTrainer, recipe: Recipe, folder: Path) -> None:
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
         recipe.save(folder / RECIPE_FILE)
-
-
-@contextlib.contextmanager
-def _new_folder(output_dir: str | None, name: str) -> Iterator[Path]:
-    """A folder that this run has for itself; nothing is left of one that fails before its first checkpoint.
-
-    Raises:
-        RecipeError: the folder is not empty.
-        RunInUse: another run writes into it.
-    """
-    folder = Path(output_dir or "")
-    made = _missing(folder)
-    if output_dir is None:
-        folder, made = _numbered(name)
-    if folder.exists() and not folder.is_dir():
-        raise RecipeError(f"output_dir '{folder}' is a file; choose a new folder")
-    with run_lock(folder):
-        if any(path.name not in KILLED_AT_ONCE for path in folder.iterdir()):
-            raise RecipeError(
-                f"output_dir '{folder}' is not empty; choose another, or continue it with --resume {folder}"
-            )
-        try:
-            yield folder
-        except BaseException:
-            if not checkpoints(folder):
-                for path in folder.glob("*"):  # the folder was empty before
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-                with contextlib.suppress(OSError):  # somebody else may have put something beside it
-                    for path in made:
-                        path.rmdir()
-            raise
-
-
-def _numbered(name: str) -> tuple[Path, list[Path]]:
-    """The next free folder in `runs`, made at once so that no two runs take the same; and what was made."""
-    count = 1
-    folder = Path("runs") / name
-    while True:
-        made = _missing(folder)
-        try:
-            folder.mkdir(parents=True)
-            return folder, made
-        except FileExistsError:
-            count += 1
-            folder = Path("runs") / f"{name}-{count}"
-
-
-def _missing(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | None = None) -> SSLTrainer:

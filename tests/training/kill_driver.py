@@ -24,8 +24,9 @@ import torch
 from transformers import Trainer
 
 import hf_ssl.hub.landing  # noqa: F401
+from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.training.checkpoints import PARTIAL_FOLDER
-from hf_ssl.training.run import RECIPE_FILE, train
+from hf_ssl.training.run import train
 from tests.training.conftest import random_image
 
 SAVE_STEPS = 3
