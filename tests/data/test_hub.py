@@ -208,6 +208,15 @@ def test_failed_reads_are_repeated_and_give_the_same_samples_bit_for_bit(
     assert all(fault.times == 0 for fault in numbers.faults)
 
 
+@pytest.mark.parametrize("fault", ["error", "no answer", "reset", "cut short"])
+def test_failed_downloads_are_repeated(hub: HubServer, shards: dict[str, bytes], fault: str):
+    name = f"{NAME}-{fault.replace(' ', '-')}"  # nothing of it is in the cache
+    hub.commit("datasets", name, shards)
+    hub.fail(r"GET .*\.parquet", **{**FAULTS[fault], "times": 4})
+    rows = [row["label"] for row in open_images(name, streaming=False).rows()]
+    assert rows == [number % 3 for number in range(ROWS)] and hub.faults[0].times == 0
+
+
 def test_a_server_that_comes_back_is_noticed_by_a_worker(numbers: HubServer, numbered_views: Any):
     expected = batches(open_images(NAME), numbered_views, 30)
     loader = iter(TrainLoader(open_images(NAME), numbered_views, batch_size=10, seed=0, num_workers=1))
