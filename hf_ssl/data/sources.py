@@ -95,7 +95,14 @@ def open_images(
         raise DataError(
             f"no folder or file {name}; give an existing path or the name of a dataset on the Hub"
         )
-    return _open_named(name, name, None, split, config_name, wanted, streaming)
+    return _open_named(name, _shown(name), None, split, config_name, wanted, streaming)
+
+
+def _shown(name: str) -> str:
+    """The name of a dataset on the Hub for messages: of a commit, the first digits are enough."""
+    repository, revision = split_revision(name)
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    return f"{repository}@{name.partition('@')[2][:7]}" if is_commit else name
 
 
 def pin_revision(dataset: str) -> str:
@@ -229,6 +236,7 @@ def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str |
         UnreachableError: it is not here and could not be fetched.
     """
     from datasets import load_dataset_builder
+    from huggingface_hub.constants import is_offline_mode
 
     if data_files is None and not os.path.isdir(path):
         repository, revision = split_revision(path)
@@ -237,10 +245,14 @@ def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str |
         def load() -> Any:
             builder = load_dataset_builder(repository, name=config_name, revision=commit)
             if commit and builder.hash != commit:  # after a failure, what an earlier download left
-                raise ConnectionError(f"the Hub does not answer, and the cache holds another {repository}")
+                if is_offline_mode():
+                    raise DataError(
+                        f"cannot open {_shown(path)} without network: the cache holds another commit"
+                    )
+                raise ConnectionError("the Hub does not answer, and the cache holds another commit")
             return builder
 
-        return repeated(f"open {path}", load)
+        return repeated(f"open {_shown(path)}", load)
 
     def load_files() -> Any:
         return load_dataset_builder(path, name=config_name, data_files=data_files)

@@ -242,6 +242,20 @@ def test_no_failure_while_opening_changes_what_is_found(numbers: HubServer, shar
         numbers.faults.clear()
 
 
+def test_a_description_that_cannot_be_had_is_not_taken_for_one_that_does_not_exist(
+    numbers: HubServer, shards: dict[str, bytes]
+):
+    """As `datasets` does, which would add the file that is no part of the dataset."""
+    name = "lab/described"
+    described = {path: content for path, content in shards.items() if path != "README.md"}
+    numbers.commit("datasets", name, described | {".huggingface.yaml": CARD.replace("---\n", "").encode()})
+    numbers.fail("HEAD .*/.huggingface.yaml", status=503, times=10_000)
+    with pytest.raises(UnreachableError, match=rf"^cannot read .huggingface.yaml of {name}: "):
+        open_images(name)
+    numbers.faults.clear()
+    assert open_images(name).num_rows == ROWS
+
+
 def test_tries_and_waits_are_in_the_log(numbers: HubServer, caplog: pytest.LogCaptureFixture):
     numbers.fail("GET /api/datasets/lab/numbers$", status=503, times=2)
     with caplog.at_level(logging.WARNING, logger="hf_ssl"):
@@ -312,7 +326,9 @@ def test_without_network_a_download_is_read_from_the_cache(
     for settings in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     assert open_images(NAME, streaming=False).num_rows == ROWS
-    with pytest.raises(DataError, match=f"^cannot open {NAME}@{'0' * 40}: .*the cache holds another"):
+    with pytest.raises(
+        DataError, match=f"^cannot open {NAME}@0000000 without network: the cache holds another commit"
+    ):
         open_images(f"{NAME}@{'0' * 40}", streaming=False)
     assert numbers.requests == []
 
