@@ -8,11 +8,19 @@ import PIL.Image
 if TYPE_CHECKING:
     import datasets
 
+NAME_LENGTH = 300
 Row = dict[str, Any]  # "image", and "label" and "text" if the source has them
 
 
 class DataError(ValueError):
     """What is wrong with the data; one line that names the value, the rule and the way out."""
+
+
+def printable(text: str) -> str:
+    """Text from data, for a message: control characters escaped, the middle of a long one left out."""
+    if len(text) > NAME_LENGTH:
+        text = f"{text[: NAME_LENGTH // 2]}...{text[-NAME_LENGTH // 2 :]}"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class Columns(NamedTuple):
@@ -71,12 +79,12 @@ def check_columns(columns: list[str], existing: list[str], name: str) -> None:
     """Raises DataError if one of the columns does not exist."""
     for column in columns:
         if column not in existing:
-            raise DataError(f'{name} has no column "{column}"; it has: {", ".join(existing)}')
+            raise DataError(f'{name} has no column "{column}"; it has: {printable(", ".join(existing))}')
 
 
 def _find_image(features: "datasets.Features", named: str, name: str) -> str:
     kinds = {column: _kind(feature) for column, feature in features.items()}
-    listing = ", ".join(f"{column} ({kind})" for column, kind in kinds.items())
+    listing = printable(", ".join(f"{column} ({kind})" for column, kind in kinds.items()))
     if named:
         if kinds[named] not in ("Image", "file", "binary", "large_binary", "string", "large_string"):
             raise DataError(f'column "{named}" of {name} holds no images; it has: {listing}')
@@ -85,7 +93,8 @@ def _find_image(features: "datasets.Features", named: str, name: str) -> str:
     for accepted in (["Image"], ["file", "binary", "large_binary"]):
         found = [column for column, kind in kinds.items() if kind in accepted]
         if len(found) > 1:
-            raise DataError(f"{name} has several image columns, {', '.join(found)}; name one as image_column")
+            several = printable(", ".join(found))
+            raise DataError(f"{name} has several image columns, {several}; name one as image_column")
         if found:
             return str(found[0])
     raise DataError(f"{name} has no image column; it has: {listing}")

@@ -4,10 +4,15 @@ One policy for every decoder: transparent pixels lie over white, 16-bit values k
 orientation is not applied (the reference pipelines do not), of an animation the first frame counts.
 JPEG goes through torchvision (equal to Pillow in every pixel, and faster); all else, CMYK JPEG included,
 through Pillow.
+
+Data come from strangers: the size that a header states is compared with Pillow's limit,
+`PIL.Image.MAX_IMAGE_PIXELS`, before anything is decoded; and only formats of pictures are opened, as Pillow
+hands some others (EPS, WMF) to further programs.
 """
 
 import io
 import warnings
+from functools import cache
 
 import numpy as np
 import torch
@@ -15,12 +20,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from hf_ssl.data.columns import printable
+
 try:  # torchvision 0.29 announces, at every call, that its decoders will be removed
     from torchvision.io import ImageReadMode, decode_jpeg
 
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 except ImportError:
     decode_jpeg = None
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
 class BrokenImageError(ValueError):
@@ -55,7 +64,8 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
 
 
 def _decode_file(data: bytes) -> NDArray[np.uint8]:
-    if data[:3] == b"\xff\xd8\xff" and decode_jpeg is not None:
+    if data[:3] == b"\xff\xd8\xff" and decode_jpeg is not None and (size := _jpeg_size(data)):
+        _check_size(*size)
         try:
             pixels_CHW = decode_jpeg(
                 torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
@@ -67,7 +77,7 @@ def _decode_file(data: bytes) -> NDArray[np.uint8]:
     if not data:
         raise BrokenImageError("cannot decode an image of 0 bytes")
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             return _decode_pil(image)
     except BrokenImageError:
         raise
@@ -77,8 +87,41 @@ def _decode_file(data: bytes) -> NDArray[np.uint8]:
         raise BrokenImageError(f"cannot decode {len(data)} bytes: {_one_line(error)}") from error
 
 
+@cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]  # a Pillow may have been built without some
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height that the frame header of a JPEG states (ITU T.81, B.1 and B.2.2).
+
+    None for a file that does not come to it by plain segments: Pillow decides about those.
+    """
+    place = 2
+    while place + 9 <= len(data) and data[place] == 0xFF and data[place + 1] >= 0xC0:
+        marker = data[place + 1]
+        if 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without a length, or a fill byte
+            return None
+        if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    return None
+
+
+def _check_size(width: int, height: int) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > limit:
+        raise BrokenImageError(
+            f"{width} x {height} pixels are more than PIL.Image.MAX_IMAGE_PIXELS allows, {limit:,}; raise it "
+            "if such images are meant"
+        )
+
+
 def _decode_pil(image: Image.Image) -> NDArray[np.uint8]:
     try:
+        _check_size(*image.size)
         image.load()
         if image.mode in ("F", "I"):
             return _decode_array(_as_uint16(image))
@@ -122,4 +165,4 @@ def _decode_array(pixels: NDArray[np.uint8] | NDArray[np.uint16]) -> NDArray[np.
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return printable(" ".join(str(error).split())) or type(error).__name__

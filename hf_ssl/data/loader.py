@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE
 from hf_ssl.data.columns import DataError
 from hf_ssl.data.decoding import BrokenImageError, decode_image
-from hf_ssl.data.readers import ImageSource, load_image
+from hf_ssl.data.readers import ImageSource
 from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 
 logger = logging.getLogger(__name__)
@@ -262,7 +262,7 @@ class BatchMaker:
             sample_id = (slot.source << SOURCE_BITS) + sample.row_index
             if sample_id not in self._broken:
                 try:
-                    image = decode_image(load_image(sample.row["image"]))
+                    image = decode_image(self._sources[slot.source].load(sample.row))
                     if max(image.shape) <= MAX_BATCHED_SIDE:
                         return sample, sample_id, image
                     return sample, sample_id, self._view_maker(image, (self._seed, sample.epoch, sample_id))

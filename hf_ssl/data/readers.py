@@ -6,6 +6,7 @@ units can be read at any row at no cost; one without (`unit_sizes` is None) only
 """
 
 import os
+import stat
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,7 +20,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from hf_ssl.data.columns import Columns, DataError, Row
+from hf_ssl.data.columns import Columns, DataError, Row, printable
 from hf_ssl.data.decoding import BrokenImageError
 from hf_ssl.data.remote import (
     DataFile,
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 SHARD_BITS = 32  # row r of shard s of a sequential source has the index (s << SHARD_BITS) + r
 BLOCK_ROWS = 2048  # rows shuffled together: enough to mix
 BLOCK_BYTES = 256 << 20  # fewer rows per block where images are larger than 128 kB
+FILE_BYTES = 1 << 30  # of an image at most: 8 bytes for each of Pillow's 89 million pixels are less
+UNIT_BYTES = 4 << 30  # of a row group at most
 READ_THREADS = 8  # for files that are not here: each read waits for the network
 
 
@@ -51,9 +54,12 @@ class ImageSource(ABC):
         unit_sizes: rows of each unit; None for a source that can only be read in order.
         block_rows: how many rows to shuffle together.
         label_names: names of the classes, if the data carry them.
+        origins: what paths in rows may begin with, for data from elsewhere: such data name no file of this
+            machine, and no other address.
     """
 
     block_rows: int = BLOCK_ROWS
+    origins: tuple[str, ...] | None = None
 
     def __init__(self, name: str, columns: Columns, unit_sizes: NDArray[np.int64] | None, details: str):
         self.name = name
@@ -97,6 +103,10 @@ class ImageSource(ABC):
     def _read(self, start: int) -> Iterator[Row]:
         """Rows in stored order."""
 
+    def load(self, row: Row) -> Any:
+        """The image of a row, see `load_image`."""
+        return load_image(row["image"], self.origins)
+
     def rows(self, limit: int | None = None, start: int = 0) -> Iterator[Row]:
         """Rows in stored order, images as bytes (or PIL, where the dataset holds no file).
 
@@ -104,7 +114,7 @@ class ImageSource(ABC):
         """
         for row in islice(self._read(start), limit):
             try:
-                row["image"] = load_image(row["image"])
+                row["image"] = self.load(row)
             except BrokenImageError:
                 row["image"] = b""
             yield row
@@ -141,13 +151,13 @@ class FolderSource(IndexedSource):
         super().__init__(str(root), columns, np.ones(len(files), np.int64), "folder of image files")
 
     def row(self, index: int) -> Row:
-        row: Row = {"image": self.row_name(index)}
+        row: Row = {"image": os.path.join(self.root, self.files[index])}
         if self._labels is not None:
             row["label"] = int(self._labels[index])
         return row
 
     def row_name(self, index: int) -> str:
-        return os.path.join(self.root, self.files[index])
+        return printable(os.path.join(self.root, self.files[index]))
 
 
 class DatasetSource(IndexedSource):
@@ -217,7 +227,7 @@ class ParquetSource(IndexedSource):
     def row_name(self, index: int) -> str:
         unit = bisect_right(self._starts, index) - 1
         file, group = self._units[unit]
-        return f"{self._files[file]}, row group {group}, row {index - self._starts[unit]}"
+        return f"{printable(self._files[file])}, row group {group}, row {index - self._starts[unit]}"
 
     def _hold_units(self, owner: object, units: set[int]) -> None:
         self._held[owner] = units
@@ -226,21 +236,25 @@ class ParquetSource(IndexedSource):
 
     def _read_unit(self, unit: int, files: Mapping[int, DataFile] | None = None) -> "pa.Table":
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         number, group = self._units[unit]
-        metadata, columns = self._metadata[number], self.columns.names()
-
-        def read(handle: Any) -> pa.Table:
-            reader = pq.ParquetFile(handle, metadata=metadata, pre_buffer=True)
-            return reader.read_row_group(group, columns=columns, use_threads=False)
-
         # Opened for each read: a file opened before a fork would be shared by all workers.
         file = files[number] if files else DataFile(self._files[number])
+        where = f"{printable(file.path)}, row group {group},"
         try:
-            return file.read(read)
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file.path}, row group {group}, cannot be read: {reason(error)}") from error
+            table = file.read(
+                partial(_read_group, metadata=self._metadata[number], group=group, columns=self.columns)
+            )
+        except (pa.ArrowException, OSError, MemoryError) as error:
+            raise DataError(f"{where} cannot be read: {printable(reason(error))}") from error
+        if table is None:
+            raise DataError(
+                f"{where} has more than {UNIT_BYTES >> 30} GiB, which memory must hold at once; write the "
+                "file again with smaller row groups"
+            )
+        if table.num_rows != self.unit_sizes[unit]:
+            raise DataError(f"{where} has {table.num_rows} rows, not the {self.unit_sizes[unit]} it claims")
+        return table
 
 
 class SequentialSource(ImageSource):
@@ -256,8 +270,9 @@ class SequentialSource(ImageSource):
     def __init__(
         self, name: str, dataset: "datasets.IterableDataset", columns: Columns, files: list[str] | None = None
     ):
-        dataset = dataset.select_columns(columns.names())
-        self._dataset = dataset.decode(False) if dataset.features else dataset
+        # In this order: columns selected before would be decoded nevertheless.
+        dataset = dataset.decode(False) if dataset.features else dataset
+        self._dataset = dataset.select_columns(columns.names())
         self.num_shards = int(dataset.num_shards)
         self._files = files if files is not None and len(files) == self.num_shards else None
         super().__init__(name, columns, None, f"stream of {self.num_shards} shards")
@@ -300,7 +315,7 @@ class SequentialSource(ImageSource):
                 yield dict(zip(batch, row, strict=True))
 
     def _shard_name(self, shard: int) -> str:
-        return self._files[shard] if self._files else f"{self.name}, shard {shard}"
+        return printable(self._files[shard]) if self._files else f"{self.name}, shard {shard}"
 
     def row_name(self, index: int) -> str:
         return f"{self._shard_name(index >> SHARD_BITS)}, row {index & ((1 << SHARD_BITS) - 1)}"
@@ -310,22 +325,65 @@ class SequentialSource(ImageSource):
         return (row for _, row in islice(shards, start, None))
 
 
-def load_image(image: Any) -> Any:
+def _read_group(handle: Any, metadata: "pq.FileMetaData", group: int, columns: Columns) -> "pa.Table | None":
+    """One row group; None if it is too large, which compressed values do not show before they are read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    reader = pq.ParquetFile(handle, metadata=metadata, pre_buffer=True)
+    batches, size = [], 0
+    for batch in reader.iter_batches(64, row_groups=[group], columns=columns.names(), use_threads=False):
+        size += batch.nbytes
+        if size > UNIT_BYTES:
+            return None
+        batches.append(batch)
+    return pa.Table.from_batches(batches, None if batches else reader.schema_arrow)
+
+
+def load_image(image: Any, origins: tuple[str, ...] | None = None) -> Any:
     """The image of a row ready for `decode_image`: the bytes of its file, or the object the dataset holds.
 
+    Args:
+        image: bytes, an object, or the path of a file.
+        origins: what a path may begin with; None for data of this machine, which may name any file.
+
     Raises:
-        BrokenImageError: the row holds no image, or its file cannot be read.
+        BrokenImageError: the row holds no image, or its file cannot or must not be read.
+        UnreachableError: its file is at an address that does not answer.
     """
     if image is None:
         raise BrokenImageError("the row holds no image")
     if not isinstance(image, str):
         return image
-    if is_remote(image):  # a failing connection is no broken image: its error passes
-        return DataFile(image).read(lambda handle: handle.read())
+    if origins is not None and not _lies_within(image, origins):
+        raise BrokenImageError(f"the row names a file outside of its dataset, {printable(image)}")
+    return _read_remote(image) if is_remote(image) else _read_local(image)
+
+
+def _lies_within(path: str, origins: tuple[str, ...]) -> bool:
+    *archives, file = path.split("::")  # such as zip://cat/a.png::hf://datasets/...
+    is_inside = file.startswith(origins) and all(archive.startswith("zip://") for archive in archives)
+    return is_inside and ".." not in path.split("/")
+
+
+def _read_remote(path: str) -> bytes:
+    """A failing connection is no broken image: its error passes."""
+    content: bytes = DataFile(path).read(lambda handle: handle.read(FILE_BYTES + 1))
+    if len(content) > FILE_BYTES:
+        raise BrokenImageError(f"{printable(path)} has more than {FILE_BYTES >> 20} MiB")
+    return content
+
+
+def _read_local(path: str) -> bytes:
     try:
-        return Path(image).read_bytes()
+        found = os.stat(path)
+        if stat.S_ISREG(found.st_mode) and found.st_size <= FILE_BYTES:
+            return Path(path).read_bytes()
     except OSError as error:
-        raise BrokenImageError(f"cannot read {image}: {error.strerror}") from error
+        raise BrokenImageError(f"cannot read {printable(path)}: {error.strerror}") from error
+    except ValueError as error:  # a null character in the name
+        raise BrokenImageError(f"cannot read {printable(path)}: {error}") from error
+    raise BrokenImageError(f"{printable(path)} is no file of at most {FILE_BYTES >> 20} MiB")
 
 
 def _table_row(table: "pa.Table", index: int, columns: Columns) -> Row:

@@ -6,14 +6,16 @@ shard, in order. A folder of image files is walked here.
 """
 
 import glob
+import logging
 import os
+import re
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_ssl.data.columns import Columns, DataError, check_columns, features_of, find_columns
+from hf_ssl.data.columns import Columns, DataError, check_columns, features_of, find_columns, printable
 from hf_ssl.data.readers import DatasetSource, FolderSource, ImageSource, ParquetSource, SequentialSource
 from hf_ssl.data.remote import (
     DataFile,
@@ -27,6 +29,9 @@ from hf_ssl.data.remote import (
 
 if TYPE_CHECKING:
     import datasets
+    import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["DataError", "ImageSource", "open_images", "pin_revision"]
 
@@ -35,6 +40,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 FILE_BUILDERS = {".parquet": "parquet", ".tar": "webdataset"}
 OPEN_THREADS = 16
+GROUP_ROWS = 10_000_000
+REPOSITORY = re.compile("hf://datasets/[^@]+@[^/]+/")  # with the commit, as `datasets` names its files
 SPLIT_FOLDERS = {"train": "train", "training": "train", "test": "test", "testing": "test"} | {
     name: "validation" for name in ("val", "valid", "validation", "dev")
 }
@@ -88,7 +95,14 @@ def open_images(
         raise DataError(
             f"no folder or file {name}; give an existing path or the name of a dataset on the Hub"
         )
-    return _open_named(name, name, None, split, config_name, wanted, streaming)
+    return _open_named(name, _shown(name), None, split, config_name, wanted, streaming)
+
+
+def _shown(name: str) -> str:
+    """The name of a dataset on the Hub for messages: of a commit, the first digits are enough."""
+    repository, revision = split_revision(name)
+    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    return f"{repository}@{name.partition('@')[2][:7]}" if is_commit else name
 
 
 def pin_revision(dataset: str) -> str:
@@ -172,28 +186,47 @@ def _open_named(
     streaming: bool,
 ) -> ImageSource:
     """What `datasets` finds under a name, in a folder, or for a format and files."""
-    from datasets.exceptions import DatasetsError
-    from datasets.packaged_modules.parquet.parquet import Parquet
-
     try:
         builder = _find(path, data_files, config_name)
-        files: Mapping[Any, list[str]] | None = builder.config.data_files
-        is_expression = split is not None and any(mark in split for mark in "[+")  # such as train[:10%]
-        if is_expression or not streaming or not files:
-            _download(builder, name)
-            prepared = builder.as_dataset(split=split if is_expression else None)
-            return _open_object(prepared, None if is_expression else split, wanted, name)
-        split = _pick_split(split, [str(key) for key in files], name)
-        if isinstance(builder, Parquet):
-            return _open_parquet(name, list(files[split]), builder.info.features, wanted)
-        end_broken_streams()
-        stream = builder.as_streaming_dataset(split=split)
-        return _open_object(stream, None, wanted, name, files=[str(file) for file in files[split]])
+        source = _open_built(builder, name, split, wanted, streaming)
     except DataError:
         raise
-    except (DatasetsError, OSError, ValueError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # `datasets` raises all that its decoders do
+        first_line = printable((str(error).splitlines() or [type(error).__name__])[0])
         raise DataError(f"cannot open {name}: {first_line}") from error
+    if not os.path.exists(path):
+        source.origins = _origins(builder)
+    return source
+
+
+def _open_built(builder: Any, name: str, split: str | None, wanted: Columns, streaming: bool) -> ImageSource:
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    files: Mapping[Any, list[str]] | None = builder.config.data_files
+    is_expression = split is not None and any(mark in split for mark in "[+")  # such as train[:10%]
+    if is_expression or not streaming or not files:
+        _download(builder, name)
+        prepared = builder.as_dataset(split=split if is_expression else None)
+        return _open_object(prepared, None if is_expression else split, wanted, name)
+    split = _pick_split(split, [str(key) for key in files], name)
+    if isinstance(builder, Parquet):
+        return _open_parquet(name, list(files[split]), builder.info.features, wanted)
+    end_broken_streams()
+    stream = builder.as_streaming_dataset(split=split)
+    return _open_object(stream, None, wanted, name, files=[str(file) for file in files[split]])
+
+
+def _origins(builder: Any) -> tuple[str, ...] | None:
+    """Where files of a dataset from elsewhere lie: in its repository, and in the caches once downloaded."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    files = [str(file) for split in (builder.config.data_files or {}).values() for file in split]
+    if files and not any(map(is_remote, files)):
+        return None
+    homes = {REPOSITORY.match(file) or os.path.dirname(file) + "/" for file in files}
+    caches = (HF_HUB_CACHE, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+    return *(home if isinstance(home, str) else home[0] for home in homes), *(f"{cache}/" for cache in caches)
 
 
 def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str | None) -> Any:
@@ -203,6 +236,7 @@ def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str |
         UnreachableError: it is not here and could not be fetched.
     """
     from datasets import load_dataset_builder
+    from huggingface_hub.constants import is_offline_mode
 
     if data_files is None and not os.path.isdir(path):
         repository, revision = split_revision(path)
@@ -211,10 +245,14 @@ def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str |
         def load() -> Any:
             builder = load_dataset_builder(repository, name=config_name, revision=commit)
             if commit and builder.hash != commit:  # after a failure, what an earlier download left
-                raise ConnectionError(f"the Hub does not answer, and the cache holds another {repository}")
+                if is_offline_mode():
+                    raise DataError(
+                        f"cannot open {_shown(path)} without network: the cache holds another commit"
+                    )
+                raise ConnectionError("the Hub does not answer, and the cache holds another commit")
             return builder
 
-        return repeated(f"open {path}", load)
+        return repeated(f"open {_shown(path)}", load)
 
     def load_files() -> Any:
         return load_dataset_builder(path, name=config_name, data_files=data_files)
@@ -249,11 +287,24 @@ def _open_parquet(
     ):
         for data in pool.map(read_metadata, map(DataFile, files)):
             metadata.append(data)
+    for file, data in zip(files, metadata, strict=True):
+        _check_rows(file, data)
     schemas = [data.schema.to_arrow_schema() for data in metadata]
     columns = find_columns(features or Features.from_arrow_schema(schemas[0]), wanted, name)
     for file, schema in zip(files, schemas, strict=True):
         check_columns(columns.names(), schema.names, file)
     return ParquetSource(name, files, columns, metadata)
+
+
+def _check_rows(file: str, metadata: "pq.FileMetaData") -> None:
+    """Refuses row counts by which planning an epoch alone would fill the memory."""
+    for group in range(metadata.num_row_groups):
+        rows = metadata.row_group(group).num_rows
+        if not 0 <= rows <= GROUP_ROWS:
+            raise DataError(
+                f"{printable(file)} claims {rows:,} rows in row group {group}, more than {GROUP_ROWS:,}; it "
+                "is damaged, or holds no images"
+            )
 
 
 def _open_object(
@@ -286,10 +337,26 @@ def _pick_split(split: str | None, available: list[str], name: str) -> str:
 
 
 def _relative_files(root: Path) -> list[str]:
-    files = []
-    for folder, subfolders, names in os.walk(root, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        relative = os.path.relpath(folder, root).replace(os.sep, "/")
-        prefix = "" if relative == "." else relative + "/"
-        files += [prefix + name for name in names if not name.startswith(".")]
+    """All files below a folder but hidden ones, sorted.
+
+    Links are followed, wherever they lead: the folder is the user's own. Only a link to a folder above is
+    not, as it would have no end; the log names it.
+    """
+    files: list[str] = []
+
+    def walk(folder: str, prefix: str, above: tuple[str, ...]) -> None:
+        real = os.path.realpath(folder)
+        if real in above:
+            logger.warning("not followed, as it leads back to a folder above: %s", printable(folder))
+            return
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    walk(entry.path, f"{prefix}{entry.name}/", (*above, real))
+                else:
+                    files.append(prefix + entry.name)
+
+    walk(str(root), "", ())
     return sorted(files)

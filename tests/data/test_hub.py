@@ -208,6 +208,15 @@ def test_failed_reads_are_repeated_and_give_the_same_samples_bit_for_bit(
     assert all(fault.times == 0 for fault in numbers.faults)
 
 
+@pytest.mark.parametrize("fault", ["error", "no answer", "reset", "cut short"])
+def test_failed_downloads_are_repeated(hub: HubServer, shards: dict[str, bytes], fault: str):
+    name = f"{NAME}-{fault.replace(' ', '-')}"  # nothing of it is in the cache
+    hub.commit("datasets", name, shards)
+    hub.fail(r"GET .*\.parquet", **{**FAULTS[fault], "times": 4})
+    rows = [row["label"] for row in open_images(name, streaming=False).rows()]
+    assert rows == [number % 3 for number in range(ROWS)] and hub.faults[0].times == 0
+
+
 def test_a_server_that_comes_back_is_noticed_by_a_worker(numbers: HubServer, numbered_views: Any):
     expected = batches(open_images(NAME), numbered_views, 30)
     loader = iter(TrainLoader(open_images(NAME), numbered_views, batch_size=10, seed=0, num_workers=1))
@@ -231,6 +240,20 @@ def test_no_failure_while_opening_changes_what_is_found(numbers: HubServer, shar
         assert open_images(name).describe() == expected.replace(NAME, name), path
         assert fault.times == 0 or path.startswith("HEAD"), f"{path} was not asked for"
         numbers.faults.clear()
+
+
+def test_a_description_that_cannot_be_had_is_not_taken_for_one_that_does_not_exist(
+    numbers: HubServer, shards: dict[str, bytes]
+):
+    """As `datasets` does, which would add the file that is no part of the dataset."""
+    name = "lab/described"
+    described = {path: content for path, content in shards.items() if path != "README.md"}
+    numbers.commit("datasets", name, described | {".huggingface.yaml": CARD.replace("---\n", "").encode()})
+    numbers.fail("HEAD .*/.huggingface.yaml", status=503, times=10_000)
+    with pytest.raises(UnreachableError, match=rf"^cannot read .huggingface.yaml of {name}: "):
+        open_images(name)
+    numbers.faults.clear()
+    assert open_images(name).num_rows == ROWS
 
 
 def test_tries_and_waits_are_in_the_log(numbers: HubServer, caplog: pytest.LogCaptureFixture):
@@ -303,7 +326,9 @@ def test_without_network_a_download_is_read_from_the_cache(
     for settings in (huggingface_hub.constants, datasets.config):
         monkeypatch.setattr(settings, "HF_HUB_OFFLINE", True)
     assert open_images(NAME, streaming=False).num_rows == ROWS
-    with pytest.raises(DataError, match=f"^cannot open {NAME}@{'0' * 40}: .*the cache holds another"):
+    with pytest.raises(
+        DataError, match=f"^cannot open {NAME}@0000000 without network: the cache holds another commit"
+    ):
         open_images(f"{NAME}@{'0' * 40}", streaming=False)
     assert numbers.requests == []
 

@@ -142,6 +142,11 @@ def test_wrong_overrides_are_refused(key: str, value: Any, message: str):
         ("method: simclr\ntraining: [1]", "section training must be a mapping"),
         ("- a list", "must be a mapping with a 'method'"),
         ("a: b: c", "is no valid YAML"),
+        (
+            "method: !!python/object/apply:os.system [exit]",
+            "is no valid YAML: could not determine a constructor",
+        ),
+        ("method: !!python/name:os.system", "is no valid YAML: could not determine a constructor"),
         ("method: simclr\ntraining: {max_steps: abc}", "max_steps must be a whole number"),
     ],
 )
