@@ -44,7 +44,7 @@ def run_processes(function: Callable[..., Any], *arguments: Any, num_processes: 
             for rank in range(num_processes)
         ]
         try:
-            outputs = [process.communicate(timeout=240)[0].decode() for process in processes]
+            outputs = [process.communicate(timeout=900)[0].decode() for process in processes]
         finally:
             for process in processes:
                 process.kill()

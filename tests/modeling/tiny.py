@@ -106,7 +106,8 @@ class TinyMethod:
 
     def batch(self, num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The images as the inputs of `forward` that a loader gives."""
-        return {"pixel_values": self.images(num_images, seed, dtype)}
+        pixels = self.images(num_images, seed, dtype)
+        return {"pixel_values": pixels, **local_views(METHODS[self.method].pretraining_class, pixels)}
 
 
 TINY_METHODS = [
@@ -187,7 +188,7 @@ def run_step(
     return total
 
 
-def local_views(model: SSLForPreTraining, pixels: Tensor) -> dict[str, Tensor]:
+def local_views(model: SSLForPreTraining | type[SSLForPreTraining], pixels: Tensor) -> dict[str, Tensor]:
     """Two corners of the first view, for methods that take small crops."""
     if "local_pixel_values" not in inspect.signature(model.forward).parameters:
         return {}

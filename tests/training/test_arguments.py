@@ -98,6 +98,14 @@ def test_sharding_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch):
         arguments(use_cpu=True)
 
 
+@pytest.mark.parametrize("name", ["fsdp", "deepspeed"])
+def test_gradient_caching_refuses_sharding(name: str):
+    args = arguments(cached_microbatch_size=4, per_device_train_batch_size=8)
+    setattr(args, name, True)  # asked for in the constructor, either needs what is not here
+    with pytest.raises(ValueError, match="cached_microbatch_size takes no sharding"):
+        args._check_caching()
+
+
 def test_defaults_are_not_those_of_fine_tuning(tmp_path: Path):
     """Mistake 53: transformers clips at 1, lowers the rate linearly and decays the scale of norms."""
     args = arguments()

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
+from hf_ssl.training.recipes import known_keys
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 from tests.closeness import near
-from tests.modeling.tiny import BY_NAME, TINY_METHODS, gradients
+from tests.modeling.tiny import BY_NAME, ONE_OF_EACH, TINY_METHODS, TinyMethod, gradients
 
 MakeTrainer = Callable[..., SSLTrainer]
 VIT = BY_NAME["simclr-vit"]
@@ -266,14 +266,15 @@ def test_log_and_description_are_those_of_the_whole_batch(make_trainer: MakeTrai
     assert "8 per device x 1, cached 2 at a time" in describe_run(Recipe(), trainer)  # type: ignore
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name != "simclr"])
-def test_methods_that_need_no_cache_refuse_it_in_one_line(make_trainer: MakeTrainer, method: str):
-    row = next(row for row in TINY_METHODS if row.method == method)
-    if row in COUPLED:
-        pytest.skip("contrasts within the batch")
+@pytest.mark.parametrize("row", [row for row in ONE_OF_EACH if row not in COUPLED], ids=lambda row: row.name)
+def test_methods_that_need_no_cache_refuse_it_in_one_line(make_trainer: MakeTrainer, row: TinyMethod):
     with pytest.raises(ValueError, match="has no use for cached_microbatch_size.*global_batch_size") as error:
         make_trainer(row.name, cached_microbatch_size=2)
     assert "\n" not in str(error.value)
+
+
+def test_options_are_among_the_keys_that_the_command_line_lists():
+    assert {"cached_microbatch_size", "cached_batch_norm"} <= set(known_keys("simclr")["training"])
 
 
 def test_micro_batches_of_one_image_hold_no_negatives_or_statistics(make_trainer: MakeTrainer):
