@@ -12,9 +12,10 @@ from hf_ssl.modeling.shared.centering import (
     mean_logits,
     sinkhorn_targets,
 )
+from hf_ssl.modeling.shared.prototypes import PrototypeWeights
 from tests.closeness import near, precision
 from tests.distributed import run_processes
-from tests.modeling.test_prototypes import all_targets, unit
+from tests.modeling.test_prototypes import all_targets, axes, unit
 
 
 @precision
@@ -23,8 +24,7 @@ def test_sinkhorn_matches_the_authors_code(golden, rows, dtype, tolerance):
     """Mistake 26: prototypes before rows, over all rows of the step at once."""
     case = golden("dinov2")
     logits = case[f"sk{rows}_logits"].to(dtype)
-    axes = torch.eye(logits.shape[1], dtype=dtype)
-    targets = sinkhorn_targets(logits, axes, case[f"sk{rows}_temp"].item())
+    targets = sinkhorn_targets(logits, axes(logits.shape[1], dtype), case[f"sk{rows}_temp"].item())
     near(all_targets(targets), case[f"sk{rows}_probs"], tolerance)
 
 
@@ -35,16 +35,17 @@ def test_centring_of_three_steps_matches_dinov2(golden, rows, dtype, tolerance):
     case = golden("dinov2")
     logits_of_steps = case[f"center_{rows}_logits"].to(dtype)
     center = PrototypeCenter(logits_of_steps.shape[-1]).to(dtype)
-    axes = torch.eye(logits_of_steps.shape[-1], dtype=dtype)
+    directions = axes(logits_of_steps.shape[-1], dtype)
     for step, logits in enumerate(logits_of_steps):
-        targets = centered_targets(logits, axes, center, case["temp"].item())
+        targets = centered_targets(logits, directions, center, case["temp"].item())
         near(all_targets(targets), case[f"center_{rows}_probs"][step], tolerance)
-        center.update(mean_logits(logits.sum(dim=0), len(logits), axes), 0.9)
+        center.update(mean_logits(logits.sum(dim=0), len(logits), directions), 0.9)
     near(center.value, case[f"center_{rows}_final"][0], tolerance)
 
 
 def test_sinkhorn_uses_prototypes_alike_and_rows_sum_to_one():
-    targets = all_targets(sinkhorn_targets(unit(64, 8, seed=0), unit(16, 8, seed=1), 0.1, iterations=50))
+    weights = PrototypeWeights(unit(16, 8, seed=1))
+    targets = all_targets(sinkhorn_targets(unit(64, 8, seed=0), weights, 0.1, iterations=50))
     near(targets.sum(dim=1), torch.ones(64))
     near(targets.sum(dim=0), torch.full((16,), 4.0), 1e-6)
 
@@ -52,7 +53,7 @@ def test_sinkhorn_uses_prototypes_alike_and_rows_sum_to_one():
 def test_sinkhorn_survives_logits_that_overflow_the_published_form():
     """Mistake 26: exp(400 / 0.04) is no float."""
     logits = torch.eye(6) * 400 + torch.arange(6.0)
-    targets = all_targets(sinkhorn_targets(logits, torch.eye(6), 0.04))
+    targets = all_targets(sinkhorn_targets(logits, axes(6, torch.float32), 0.04))
     assert targets.isfinite().all()
     near(targets.sum(dim=1), torch.ones(6), 1e-5)
 
@@ -66,14 +67,14 @@ def test_centre_is_of_raw_logits_and_keeps_the_old_value_by_its_momentum():
 
 
 def test_centre_of_no_rows_is_zero():
-    near(mean_logits(torch.zeros(4), 0, torch.ones(5, 4)), torch.zeros(5))
+    near(mean_logits(torch.zeros(4), 0, PrototypeWeights(torch.ones(5, 4))), torch.zeros(5))
 
 
 def test_targets_of_equal_logits_at_the_centre_are_uniform():
     center = PrototypeCenter(8).double()
     logits = torch.randn(1, 8, dtype=torch.float64)
     center.value.copy_(logits[0])
-    targets = centered_targets(logits.expand(4, 8), torch.eye(8, dtype=torch.float64), center, 0.04)
+    targets = centered_targets(logits.expand(4, 8), axes(8), center, 0.04)
     near(targets.statistics()["target_entropy"], math.log(8))
 
 
@@ -90,8 +91,8 @@ def targets_of_this_process(is_even: bool) -> tuple[Tensor, Tensor]:
     started = dist.is_initialized()
     rank, count = (dist.get_rank(), dist.get_world_size()) if started else (0, 1)
     rows = unit(24, 8, seed=0)[share_of_rows(rank, count, is_even) if started else slice(None)]
-    vectors = unit(16, 8, seed=1)
-    return all_targets(sinkhorn_targets(rows, vectors, 0.05)), mean_logits(rows.sum(0), len(rows), vectors)
+    weights = PrototypeWeights(unit(16, 8, seed=1))
+    return all_targets(sinkhorn_targets(rows, weights, 0.05)), mean_logits(rows.sum(0), len(rows), weights)
 
 
 @pytest.mark.parametrize(("num_processes", "is_even"), [(2, True), (2, False), (4, False)])

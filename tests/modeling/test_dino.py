@@ -32,7 +32,7 @@ def moved(model: DINOForPreTraining) -> DINOForPreTraining:
 
 def logits(model: DINOForPreTraining, branch: str, view: Tensor) -> Tensor:
     side = getattr(model, branch)
-    return side(view)[1] @ side.head.prototypes.vectors().T
+    return side(view)[1] @ F.normalize(side.head.prototypes.weight_v, dim=1).T
 
 
 # The loss

@@ -13,6 +13,7 @@ from hf_ssl.modeling.shared.heads import PrototypeHead
 from hf_ssl.modeling.shared.initialization import initialize_module
 from hf_ssl.modeling.shared.prototypes import (
     PrototypeTargets,
+    PrototypeWeights,
     mean_of_other_views,
     row_cross_entropies,
     view_cross_entropies,
@@ -32,11 +33,16 @@ def all_targets(targets: PrototypeTargets) -> Tensor:
     return torch.cat([part.clone() for _, part in targets.probabilities()], dim=1)
 
 
+def axes(count: int, dtype: torch.dtype = torch.float64) -> PrototypeWeights:
+    """Prototypes for which a bottleneck vector is its own logits."""
+    return PrototypeWeights(torch.eye(count, dtype=dtype))
+
+
 def from_logits(logits: Tensor, center: Tensor, temperature: float) -> PrototypeTargets:
     """Targets whose logits are given: the prototypes are the axes."""
     holder = PrototypeCenter(logits.shape[1]).to(logits.dtype)
     holder.value.copy_(center)
-    return centered_targets(logits, torch.eye(logits.shape[1], dtype=logits.dtype), holder, temperature)
+    return centered_targets(logits, axes(logits.shape[1], logits.dtype), holder, temperature)
 
 
 # Against the authors' code
@@ -47,14 +53,14 @@ def test_multi_crop_loss_gradient_and_centre_match_the_authors_code(golden, dtyp
     """Mistakes 1, 2, 4, 5: three steps, each with the centre of the steps before."""
     case = golden("dino")
     center = PrototypeCenter(16).to(dtype)
-    axes = torch.eye(16, dtype=dtype)
+    directions = axes(16, dtype)
     for step in range(3):
         student = case["student_logits"][step].to(dtype).requires_grad_()
         teacher = case["teacher_logits"][step].to(dtype)
         temperature = case["teacher_temp_schedule"][step].item()
-        targets = centered_targets(teacher, axes, center, temperature)
+        targets = centered_targets(teacher, directions, center, temperature)
         loss = mean_of_other_views(
-            view_cross_entropies(student.view(6, 3, 16), axes, targets, STUDENT_TEMPERATURE)
+            view_cross_entropies(student.view(6, 3, 16), directions, targets, STUDENT_TEMPERATURE)
         )
         center.update(teacher.mean(dim=0), 0.9)
         loss.backward()
@@ -79,7 +85,8 @@ def test_head_matches_the_authors_head(golden, with_norm):
     missing, unexpected = head.load_state_dict(state, strict=False)
     assert not unexpected and all("running" in name or "tracked" in name for name in missing)
     x = case["x"].clone().requires_grad_()
-    logits = head(x) @ head.prototypes.vectors().T
+    bottleneck = head(x)
+    logits = torch.cat([part for _, part in head.prototypes.weights().scores(bottleneck, 1.0)], dim=1)
     near(logits, case[f"{start}y"])
     logits.backward(case[f"{start}grad_y"])
     if not with_norm:
@@ -100,7 +107,8 @@ def test_last_layer_starts_as_torch_starts_a_linear_layer():
     assert 0.97 / 8 < weight.abs().max() <= 1 / 8 and head.prototypes.weight_g.eq(1).all()
     assert head.layers[0].weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert not head.layers[0].bias.any()
-    near(head.prototypes.vectors().norm(dim=1), torch.ones(512), 1e-5)
+    for _, vectors in head.prototypes.weights().chunks():
+        near(vectors.norm(dim=1), torch.ones(512), 1e-5)
 
 
 # Against the plain form
@@ -126,27 +134,29 @@ def test_chunked_loss_and_gradients_equal_the_plain_form(monkeypatch, chunk_size
     """All of: loss, gradients of rows and of the weights before their normalisation, to 1e-9 in float64."""
     monkeypatch.setattr(prototypes, "CHUNK_SIZE", chunk_size)
     student, teacher = unit(5, 4, 8, seed=0), unit(8, 8, seed=1)
-    own, other = unit(50, 8, seed=2), unit(50, 8, seed=3) * 1.3
+    own, scale = 3 * unit(50, 8, seed=2), torch.linspace(0.5, 2, 50, dtype=torch.float64)[:, None]
+    other = unit(50, 8, seed=3) * scale
+    teacher_weights = PrototypeWeights(5 * unit(50, 8, seed=3), scale)
     center = PrototypeCenter(50).double()
     center.value.copy_(torch.linspace(-0.1, 0.1, 50))
     if kind == "centered":
-        targets = centered_targets(teacher, other, center, 0.05)
+        targets = centered_targets(teacher, teacher_weights, center, 0.05)
         expected_targets = ((teacher @ other.T - center.value) / 0.05).softmax(-1)
     else:
-        targets = sinkhorn_targets(teacher, other, 0.05)
+        targets = sinkhorn_targets(teacher, teacher_weights, 0.05)
         expected_targets = plain_sinkhorn(teacher @ other.T, 0.05)
     near(all_targets(targets), expected_targets)
 
     results = []
     for chunked in (True, False):
-        rows, weight = student.clone().requires_grad_(), own.clone().requires_grad_()
-        vectors = F.normalize(weight, dim=1) * 1.1
+        rows, direction, length = (value.clone().requires_grad_() for value in (student, own, scale))
         if chunked:
-            loss = mean_of_other_views(view_cross_entropies(rows, vectors, targets, STUDENT_TEMPERATURE))
+            weights = PrototypeWeights(direction, length)
+            loss = mean_of_other_views(view_cross_entropies(rows, weights, targets, STUDENT_TEMPERATURE))
         else:
-            loss = plain_view_loss(rows, vectors, expected_targets, 2)
+            loss = plain_view_loss(rows, F.normalize(direction, dim=1) * length, expected_targets, 2)
         (3 * loss).backward()
-        results.append((loss, rows.grad, weight.grad))
+        results.append((loss, rows.grad, direction.grad, length.grad))
     for mine, plain in zip(*results, strict=True):
         near(mine, plain)
 
@@ -164,14 +174,14 @@ def plain_sinkhorn(logits: Tensor, temperature: float) -> Tensor:
 def test_row_loss_equals_the_plain_form_with_a_weight_for_every_row():
     student, teacher, own, other = (unit(12, 8, seed=seed) for seed in range(4))
     weights = torch.linspace(0.1, 2, 12, dtype=torch.float64)
-    targets = sinkhorn_targets(teacher, other, 0.06)
+    targets = sinkhorn_targets(teacher, PrototypeWeights(other), 0.06)
     results = []
     for chunked in (True, False):
         rows, vectors = student.clone().requires_grad_(), own.clone().requires_grad_()
         if chunked:
-            losses = row_cross_entropies(rows, vectors, targets, STUDENT_TEMPERATURE)
+            losses = row_cross_entropies(rows, PrototypeWeights(vectors), targets, STUDENT_TEMPERATURE)
         else:
-            log_probabilities = (rows @ vectors.T / STUDENT_TEMPERATURE).log_softmax(-1)
+            log_probabilities = (rows @ F.normalize(vectors, dim=1).T / STUDENT_TEMPERATURE).log_softmax(-1)
             losses = -(plain_sinkhorn(teacher @ other.T, 0.06) * log_probabilities).sum(-1)
         (losses * weights).sum().backward()
         results.append((losses, rows.grad, vectors.grad))
@@ -183,8 +193,9 @@ def test_no_row_gives_an_empty_loss_whose_gradients_are_zero():
     """A process without a masked patch must still take part: its parameters get zeros and not None."""
     rows = torch.zeros(0, 8, requires_grad=True)
     vectors = unit(16, 8, seed=0).float().requires_grad_()
-    targets = sinkhorn_targets(torch.zeros(0, 8), vectors.detach(), 0.05)
-    row_cross_entropies(rows, vectors, targets, 0.1).sum().backward()
+    weights = PrototypeWeights(vectors)
+    targets = sinkhorn_targets(torch.zeros(0, 8), weights, 0.05)
+    row_cross_entropies(rows, weights, targets, 0.1).sum().backward()
     assert rows.grad.shape == (0, 8) and vectors.grad.eq(0).all()
 
 
@@ -211,7 +222,7 @@ def test_uniform_targets_and_prototypes_that_cannot_be_told_apart_cost_log_k():
     student = unit(2, 3, 8, seed=0)
     vectors = unit(1, 8, seed=2).expand(20, 8).contiguous()
     targets = from_logits(torch.zeros(6, 20, dtype=torch.float64), torch.zeros(20), 0.04)
-    for loss in view_cross_entropies(student, vectors, targets, 0.1).flatten():
+    for loss in view_cross_entropies(student, PrototypeWeights(vectors), targets, 0.1).flatten():
         near(loss, math.log(20))
     statistics = targets.statistics()
     near(statistics["target_entropy"], math.log(20))
@@ -232,16 +243,17 @@ def test_statistics_tell_one_prototype_from_one_for_every_image(monkeypatch, chu
 def test_targets_receive_no_gradient_and_rows_of_them_are_theirs():
     """Mistake 7."""
     teacher = unit(6, 8, seed=0).requires_grad_()
-    vectors = unit(10, 8, seed=1).requires_grad_()
-    targets = sinkhorn_targets(teacher, vectors, 0.05)
-    loss = view_cross_entropies(unit(2, 3, 8, seed=2), unit(10, 8, seed=3), targets, 0.1).sum()
+    weights = PrototypeWeights(unit(10, 8, seed=1).requires_grad_())
+    targets = sinkhorn_targets(teacher, weights, 0.05)
+    others = PrototypeWeights(unit(10, 8, seed=3))
+    loss = view_cross_entropies(unit(2, 3, 8, seed=2), others, targets, 0.1).sum()
     assert not loss.requires_grad
     index = torch.tensor([[4, 1], [0, 4]])
     near(all_targets(targets.rows(index)), all_targets(targets)[index.flatten()])
 
 
 def test_half_precision_rows_are_raised_and_autocast_changes_nothing():
-    student, vectors = unit(2, 4, 8, seed=0).float(), unit(16, 8, seed=1).float()
+    student, vectors = unit(2, 4, 8, seed=0).float(), PrototypeWeights(unit(16, 8, seed=1).float())
     targets = sinkhorn_targets(unit(8, 8, seed=2).float(), vectors, 0.05)
     full = view_cross_entropies(student, vectors, targets, 0.1)
     rows = student.clone().requires_grad_()

@@ -62,7 +62,7 @@ class DINOForPreTraining(SelfDistillation):
         vectors_Rd = self.student.head(features_RD)  # once for all views: BatchNorm sees them together
         cross_entropies_VG = view_cross_entropies(
             vectors_Rd.unflatten(0, (-1, num_images)),
-            self.student.head.prototypes.vectors(),  # type: ignore[union-attr, operator]
+            self.student.head.prototypes.weights(),  # type: ignore[union-attr, operator]
             targets,
             self.config.student_temperature,
         )

@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from hf_ssl.modeling.shared.distributed import max_over_processes, sum_over_processes
 from hf_ssl.modeling.shared.losses import full_precision, without_autocast
-from hf_ssl.modeling.shared.prototypes import PrototypeTargets, log_sum_exp, prototype_scores
+from hf_ssl.modeling.shared.prototypes import PrototypeTargets, PrototypeWeights, log_sum_exp
 
 SINKHORN_ITERATIONS = 3  # published
 
@@ -44,47 +44,49 @@ class PrototypeCenter(nn.Module):
 
 
 @torch.no_grad()
-def mean_logits(bottleneck_sum_d: Tensor, num_rows: int, prototypes_Kd: Tensor) -> Tensor:
+def mean_logits(bottleneck_sum_d: Tensor, num_rows: int, weights: PrototypeWeights) -> Tensor:
     """Mean logits (K,) of the rows of all processes, from the sum of their bottleneck vectors.
 
     Args:
         bottleneck_sum_d: sum over the rows of this process.
         num_rows: how many there are; processes may differ.
-        prototypes_Kd: the teacher's prototypes.
+        weights: the teacher's prototypes.
 
     Returns:
         Equal in every process; 0 where no process has a row.
     """
-    with without_autocast(prototypes_Kd):
+    with without_autocast(bottleneck_sum_d):
         count = bottleneck_sum_d.new_tensor([float(num_rows)])
         totals = sum_over_processes(torch.cat([full_precision(bottleneck_sum_d), count]))
-        return prototypes_Kd @ (totals[:-1] / totals[-1].clamp_min(1))
+        mean_1d = (totals[:-1] / totals[-1].clamp_min(1))[None]
+        return torch.cat([scores_1k[0] for _, scores_1k in weights.scores(mean_1d, temperature=1.0)])
 
 
 @torch.no_grad()
 def centered_targets(
-    bottleneck_Id: Tensor, prototypes_Kd: Tensor, center: PrototypeCenter, temperature: float
+    bottleneck_Id: Tensor, weights: PrototypeWeights, center: PrototypeCenter, temperature: float
 ) -> PrototypeTargets:
     """softmax((logits - centre) / temperature).
 
     Args:
         bottleneck_Id: the teacher's unit vectors.
-        prototypes_Kd: the teacher's prototypes.
+        weights: the teacher's prototypes.
         center: of earlier steps; reads it, does not move it.
         temperature: > 0, below the student's.
     """
     with without_autocast(bottleneck_Id):
-        bias_K = center.value.to(prototypes_Kd.dtype) / -temperature
+        weights = weights.detach()
+        bias_K = center.value.to(bottleneck_Id.dtype) / -temperature
         normalizer_I = bottleneck_Id.new_full((len(bottleneck_Id),), float("-inf"))
-        for _, scores_Ik in prototype_scores(bottleneck_Id, prototypes_Kd, bias_K, temperature):
+        for _, scores_Ik in weights.scores(bottleneck_Id, temperature, bias_K):
             normalizer_I = torch.logaddexp(normalizer_I, log_sum_exp(scores_Ik, dim=1))
-        return PrototypeTargets(bottleneck_Id, prototypes_Kd, bias_K, temperature, normalizer_I)
+        return PrototypeTargets(bottleneck_Id, weights, bias_K, temperature, normalizer_I)
 
 
 @torch.no_grad()
 def sinkhorn_targets(
     bottleneck_Id: Tensor,
-    prototypes_Kd: Tensor,
+    weights: PrototypeWeights,
     temperature: float,
     iterations: int = SINKHORN_ITERATIONS,
 ) -> PrototypeTargets:
@@ -93,24 +95,23 @@ def sinkhorn_targets(
     Args:
         bottleneck_Id: the teacher's unit vectors of the whole step; their number may differ by process, and
             be 0.
-        prototypes_Kd: the teacher's prototypes.
+        weights: the teacher's prototypes.
         temperature: > 0.
         iterations: of normalising prototypes, then rows; each looks at all logits once, chunk by chunk.
     """
     with without_autocast(bottleneck_Id):
-        bias_K = prototypes_Kd.new_zeros(len(prototypes_Kd))
+        weights = weights.detach()
+        bias_K = bottleneck_Id.new_zeros(len(weights))
         normalizer_I = bottleneck_Id.new_zeros(len(bottleneck_Id))
-        without_bias = torch.zeros_like(bias_K)
         for _ in range(iterations):
             next_normalizer_I = torch.full_like(normalizer_I, float("-inf"))
-            for start, scores_Ik in prototype_scores(bottleneck_Id, prototypes_Kd, without_bias, temperature):
+            for place, scores_Ik in weights.scores(bottleneck_Id, temperature):
                 # A chunk holds all rows, so that its part of the bias is final.
-                bias_k = -_log_sum_exp_over_rows(scores_Ik - normalizer_I[:, None])
-                bias_K[start : start + len(bias_k)] = bias_k
-                scores_Ik += bias_k
+                bias_K[place] = -_log_sum_exp_over_rows(scores_Ik - normalizer_I[:, None])
+                scores_Ik += bias_K[place]
                 next_normalizer_I = torch.logaddexp(next_normalizer_I, log_sum_exp(scores_Ik, dim=1))
             normalizer_I = next_normalizer_I
-        return PrototypeTargets(bottleneck_Id, prototypes_Kd, bias_K, temperature, normalizer_I)
+        return PrototypeTargets(bottleneck_Id, weights, bias_K, temperature, normalizer_I)
 
 
 def _log_sum_exp_over_rows(scores_Ik: Tensor) -> Tensor:

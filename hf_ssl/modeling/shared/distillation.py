@@ -106,10 +106,8 @@ class SelfDistillation(SSLForPreTraining):
 
     def targets_of(self, vectors_PGd: Tensor) -> PrototypeTargets:
         """Targets of teacher vectors, in the order (P, G)."""
-        prototypes_Kd = self.teacher.head.prototypes.vectors().detach()  # type: ignore[union-attr, operator]
-        return centered_targets(
-            vectors_PGd.flatten(0, 1), prototypes_Kd, self.center, self._teacher_temperature
-        )
+        weights = self.teacher.head.prototypes.weights()  # type: ignore[union-attr, operator]
+        return centered_targets(vectors_PGd.flatten(0, 1), weights, self.center, self._teacher_temperature)
 
     def targets_of_rows(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
         """Targets of a micro-batch, view after view: the prepared ones, or of this batch alone."""
@@ -123,7 +121,7 @@ class SelfDistillation(SSLForPreTraining):
         """Move the centre by the teacher that made the targets, then the teacher."""
         if self._class_targets is not None:
             targets = self._class_targets.targets
-            mean_K = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.prototypes)
+            mean_K = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.weights)
             self.center.update(mean_K, self.config.center_momentum)
         self._class_targets = None
         update_teacher(self.teacher, self.student, self._teacher_momentum)

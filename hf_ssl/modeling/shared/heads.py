@@ -13,6 +13,7 @@ from transformers import initialization as init
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import full_precision, normalize
 from hf_ssl.modeling.shared.names import unknown_name_message
+from hf_ssl.modeling.shared.prototypes import PrototypeWeights
 
 LAST_NORMS = ("none", "affine", "scale", "plain")
 
@@ -99,10 +100,10 @@ class Prototypes(nn.Module):
         if self.weight_g is not None:
             init.ones_(self.weight_g)
 
-    def vectors(self) -> Tensor:
-        """The directions (K, width), in at least float32."""
-        vectors_Kd = normalize(self.weight_v)
-        return vectors_Kd if self.weight_g is None else vectors_Kd * full_precision(self.weight_g)
+    def weights(self) -> PrototypeWeights:
+        """What the loss takes; in at least float32."""
+        scale = None if self.weight_g is None else full_precision(self.weight_g)
+        return PrototypeWeights(full_precision(self.weight_v), scale)
 
 
 class PrototypeHead(nn.Module):
