@@ -112,9 +112,7 @@ def publish(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     commit_message: str | None = None,
-    commit_description: str | None = None,
 ) -> "CommitInfo":
     """Push a run or a model to the Hub; what is there afterwards is all of it or what was there before.
 
@@ -126,9 +124,7 @@ def publish(
         private: of a new repository; None: as the owner's account has it.
         token: by default the one of `hf auth login` or of the environment.
         revision: branch; a new one starts from main. None: main.
-        create_pr: propose the commit instead.
-        commit_message: first line of the commit.
-        commit_description: the rest of it.
+        commit_message: title of the commit.
 
     Returns:
         What the Hub says of the commit.
@@ -147,9 +143,7 @@ def publish(
             private=private,
             token=token,
             revision=revision,
-            create_pr=create_pr,
             commit_message=commit_message or f"Push {repo_id.rpartition('/')[2]} with hf_ssl",
-            commit_description=commit_description,
         )
 
 
@@ -185,9 +179,7 @@ def upload(
     private: bool | None = None,
     token: str | None = None,
     revision: str | None = None,
-    create_pr: bool = False,
     commit_message: str,
-    commit_description: str | None = None,
 ) -> "CommitInfo":
     """Send a prepared folder as one commit; see `publish`."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
@@ -208,9 +200,7 @@ def upload(
                 *(CommitOperationDelete(name) for name in sorted(stale)),
             ],
             commit_message=commit_message,
-            commit_description=commit_description,
             revision=revision,
-            create_pr=create_pr,
             parent_commit=parent,
         )
 

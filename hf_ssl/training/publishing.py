@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
+from huggingface_hub import run_as_future
 from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress
@@ -127,7 +127,7 @@ class PublishingTrainer(Trainer):
         options["commit_message"] = options.get("commit_message") or "End of training"
         options["token"] = options.get("token") or self.hub_token
         options["revision"] = options.get("revision") or self.args.hub_revision
-        push = publish if blocking else partial(HfApi().run_as_future, publish)
+        push = publish if blocking else partial(run_as_future, publish)
         return push(str(self.args.output_dir), str(self.hub_model_id), **options)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -140,7 +140,8 @@ class PublishingTrainer(Trainer):
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         scores = getattr(getattr(self, "probe", None), "scores", None)
-        if scores is not None:
+        scored = (entry["step"] for entry in reversed(self.state.log_history) if "eval_knn" in entry)
+        if scores is not None and next(scored, None) == self.state.global_step:
             text = json.dumps(scores.to_dict(), indent=1)
             (Path(checkpoint_folder) / SCORES_FILE).write_text(text, encoding="utf-8")
         scratch = tempfile.mkdtemp()
@@ -151,7 +152,7 @@ class PublishingTrainer(Trainer):
             shutil.rmtree(scratch, ignore_errors=True)
             return
         message = f"Training in progress, step {self.state.global_step}"
-        job = HfApi().run_as_future(self._upload_and_remove, Path(scratch), message)
+        job = run_as_future(self._upload_and_remove, Path(scratch), message)
         self.push_in_progress = PushInProgress([*jobs, job])  # type: ignore[arg-type]
 
     def _upload_and_remove(self, scratch: Path, message: str) -> None:

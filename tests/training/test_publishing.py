@@ -10,6 +10,7 @@ from hf_ssl.hub import PublishError, publish
 from hf_ssl.training.run import train
 from tests.hub_protocol import TOKEN
 from tests.hub_server import HubServer
+from tests.training.conftest import random_image
 from tests.training.test_run import TINY
 
 
@@ -77,6 +78,30 @@ def test_the_trainer_publishes_while_it_trains_and_goes_on_when_that_fails(
     assert b"license: apache-2.0" in files["README.md"]
     assert {"pretraining/model.safetensors", "modeling_moco.py", "model.safetensors"} <= set(files)
     assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_published_with_the_scores_it_had(hub: HubServer, tmp_path: Path):
+    for label in ("cat", "dog"):
+        (tmp_path / "pets" / label).mkdir(parents=True)
+        for index in range(10):
+            (tmp_path / "pets" / label / f"{index}.png").write_bytes(random_image(len(label) * index))
+    options = {**TINY, "max_steps": 4, "probe_num_neighbors": 1, "probe_linear": False}
+    options |= {"push_to_hub": True, "hub_model_id": "tester/vit", "hub_always_push": True}
+    options |= {"eval_steps": 2, "save_steps": 1}
+    train("mae", output_dir=str(tmp_path / "run"), dataset=str(tmp_path / "pets"), **options)
+    found = {}
+    for commit in HfApi().list_repo_commits("tester/vit"):
+        files = hub.files("models", "tester/vit", commit.commit_id)
+        found[commit.title] = (len(files) > 20, "pretraining/scores.json" in files)
+    assert found == {
+        "End of training": (True, True),
+        "Training in progress, step 4": (True, True),
+        "Training in progress, step 3": (True, False),
+        "Training in progress, step 2": (True, True),
+        "Training in progress, step 1": (True, False),
+        "initial commit": (False, False),
+    }
 
 
 def test_strategy_end_publishes_nothing_while_training(hub: HubServer, make_trainer: Any):
