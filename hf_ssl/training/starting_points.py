@@ -85,16 +85,15 @@ def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Reci
 
     Args:
         recipe: left as it is.
-        init_from: in place of the recipe's own starting point.
+        init_from: the starting point; None: fresh weights.
         adopt_model: take model and views from a starting point of the same method.
 
     Raises:
         RecipeError: there is nothing to start from.
     """
-    name = init_from or recipe.init_from
-    if name is None:
+    if init_from is None:
         return recipe
-    start = find_starting_point(name)
+    start = find_starting_point(init_from)
     if adopt_model and start.is_of(recipe.method):
         logger.info("model     as %s has it", start.location)
         recipe = with_model_of(recipe, start.config, start.processor())
