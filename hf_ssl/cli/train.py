@@ -12,7 +12,7 @@ def train(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="Name or file of a recipe.")] = None,
     output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of the run.")] = None,
-    resume: Annotated[str | None, typer.Option(help="Continue the run in this folder.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Continue this run, or one of its checkpoints.")] = None,
     init_from: Annotated[
         str | None,
         typer.Option("--init_from", help="Start from this folder, owner/name[@revision] or timm model."),

@@ -213,7 +213,8 @@ def main(folder: Path, num_kills: int, num_processes: int, max_steps: int, seed:
         if len(kills) < num_kills:
             moment = moments[len(kills) % len(moments)]
             if kill_sometime(life, moment, chance):
-                is_torn = (run / PARTIAL_FOLDER).exists()
+                # While it starts, what the life before left may still be there.
+                is_torn = moment != "starting" and (run / PARTIAL_FOLDER).exists()
                 kills.append({"moment": moment, "step": life.step(), "writing": is_torn})
                 continue
         else:
