@@ -135,8 +135,11 @@ def train(
                     f"a resumed run has its {name} already; leave {name} out, or start a new run"
                 )
         return _published(_continue(Path(resume), overrides))
-    chosen = with_start(_choose_recipe(method, recipe), init_from, adopt_model=recipe is None)
-    resolved = override(chosen, overrides)
+    chosen = _choose_recipe(method, recipe)
+    started = pulled(
+        init_from or chosen.init_from or "", lambda: with_start(chosen, init_from, adopt_model=recipe is None)
+    )
+    resolved = override(started, overrides)
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:
