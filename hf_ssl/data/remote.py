@@ -9,6 +9,7 @@ pinned to a commit and its card is fetched first.
 import contextlib
 import errno
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -146,13 +147,12 @@ def is_missing(error: BaseException) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Why a remote read failed, in a few words."""
-    status = status_of(error)
+    """Why a remote read failed, in a few words: the answer of the server, or the first error of a chain."""
+    while (status := status_of(error)) is None and error.__cause__ is not None:
+        error = error.__cause__
     if status is not None:
         phrase = getattr(getattr(error, "response", None), "reason_phrase", "") or type(error).__name__
         return f"the server answers {status} {phrase}"
-    while error.__cause__ is not None:
-        error = error.__cause__
     text = (str(error).splitlines() or [""])[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -197,6 +197,13 @@ def split_revision(name: str) -> tuple[str, str | None]:
     """Name of a dataset on the Hub, and the revision it was given with: owner/name@revision."""
     repository, _, revision = name.partition("@")
     return repository, revision or None
+
+
+def short_name(name: str) -> str:
+    """The name of a repository for messages: of a commit, the first digits are enough."""
+    repository, revision = split_revision(name)
+    is_commit = re.fullmatch("[0-9a-f]{40}", revision or "")
+    return f"{repository}@{revision[:7]}" if revision and is_commit else name
 
 
 def pin_commit(repository: str, revision: str | None) -> str | None:

@@ -24,6 +24,7 @@ from hf_ssl.data.remote import (
     pin_commit,
     repeated,
     said_while_slow,
+    short_name,
     split_revision,
 )
 
@@ -95,14 +96,7 @@ def open_images(
         raise DataError(
             f"no folder or file {name}; give an existing path or the name of a dataset on the Hub"
         )
-    return _open_named(name, _shown(name), None, split, config_name, wanted, streaming)
-
-
-def _shown(name: str) -> str:
-    """The name of a dataset on the Hub for messages: of a commit, the first digits are enough."""
-    repository, revision = split_revision(name)
-    is_commit = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
-    return f"{repository}@{name.partition('@')[2][:7]}" if is_commit else name
+    return _open_named(name, short_name(name), None, split, config_name, wanted, streaming)
 
 
 def pin_revision(dataset: str) -> str:
@@ -247,12 +241,12 @@ def _find(path: str, data_files: dict[str, list[str]] | None, config_name: str |
             if commit and builder.hash != commit:  # after a failure, what an earlier download left
                 if is_offline_mode():
                     raise DataError(
-                        f"cannot open {_shown(path)} without network: the cache holds another commit"
+                        f"cannot open {short_name(path)} without network: the cache holds another commit"
                     )
                 raise ConnectionError("the Hub does not answer, and the cache holds another commit")
             return builder
 
-        return repeated(f"open {_shown(path)}", load)
+        return repeated(f"open {short_name(path)}", load)
 
     def load_files() -> Any:
         return load_dataset_builder(path, name=config_name, data_files=data_files)

@@ -15,6 +15,7 @@ from hf_ssl.data.remote import (
     Persistence,
     is_temporary,
     said_while_slow,
+    short_name,
     split_revision,
     status_of,
 )
@@ -35,10 +36,10 @@ def pulled(name: str, load: Callable[[], Model]) -> Model:
         OSError: the disk is full.
     """
     is_on_hub = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
-    persistence = Persistence(f"load {name}")
+    persistence = Persistence(f"load {short_name(name)}")
     while True:
         try:
-            with said_while_slow(lambda: f"loading {name}"):
+            with said_while_slow(lambda: f"loading {short_name(name)}"):
                 return load()
         except Exception as error:
             _refuse_what_stays(name, error)
@@ -51,7 +52,9 @@ def pulled(name: str, load: Callable[[], Model]) -> Model:
 def _refuse_what_stays(name: str, error: Exception) -> None:
     for link in _chain(error):
         if isinstance(link, SafetensorError):
-            raise ValueError(f"the weights of '{name}' are damaged or cut short: {link}") from error
+            raise ValueError(
+                f"the weights of '{short_name(name)}' are damaged or cut short: {link}"
+            ) from error
         if getattr(link, "errno", None) in NO_DISK:
             from huggingface_hub.constants import HF_HUB_CACHE
 

@@ -137,8 +137,8 @@ def train(
         return _published(_continue(Path(resume), overrides))
     chosen = _choose_recipe(method, recipe)
     start = init_from or chosen.init_from
-    chosen = pulled(start or "", lambda: with_start(chosen, start, adopt_model=recipe is None))
-    resolved = override(chosen, overrides)
+    started = pulled(start or "", lambda: with_start(chosen, start, adopt_model=recipe is None))
+    resolved = override(started, overrides)
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:

@@ -103,9 +103,11 @@ def test_a_start_from_weights_that_cannot_be_had_is_said_in_one_line(
     noise.commit("models", "lab/cut", cut)
     noise.commit("models", "lab/silent", encoder)
     noise.fail("(HEAD|GET) .*/lab/silent/resolve/.*/model.safetensors", status=503, times=1000)
+    noise.fail("(HEAD|GET) .*/lab/away", status=503, times=1000)
     for name, message in (
-        ("lab/cut", "the weights of 'lab/cut@[0-9a-f]{40}' are damaged or cut short"),
-        ("lab/silent", "cannot load lab/silent@[0-9a-f]{40}: the server answers 503 Service Unavailable"),
+        ("lab/away", "cannot load lab/away: the server answers 503 Service Unavailable"),
+        ("lab/cut", "the weights of 'lab/cut@[0-9a-f]{7}' are damaged or cut short"),
+        ("lab/silent", "cannot load lab/silent@[0-9a-f]{7}: the server answers 503 Service Unavailable"),
     ):
         outcome = cli("train", "mae", "--init_from", name, "--output_dir", str(tmp_path / "run"), *OPTIONS)
         assert (outcome.code, outcome.out) == (2, "")
