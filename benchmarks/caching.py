@@ -8,10 +8,9 @@ images. Memory is the highest resident set that the system saw; the base is the 
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,13 +18,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from report_files import RESULTS, ROOT, table, write_report
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+from report_files import RESULTS, table, write_report  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import TrainerCallback  # noqa: E402
+
+from hf_ssl.data.sources import ImageSource, open_images  # noqa: E402
+from hf_ssl.modeling import METHODS  # noqa: E402
+from hf_ssl.training.arguments import SSLTrainingArguments  # noqa: E402
+from hf_ssl.training.trainer import SSLTrainer  # noqa: E402
 
 SMALLEST = 16
-STEPS = 3  # the first one is not timed
+STEPS = 2  # the first one is not timed
 BACKBONE = {
     "model_type": "hf_ssl_vit",
-    "hidden_size": 128,
+    "hidden_size": 64,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "image_size": 32,
@@ -39,63 +50,41 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4096, help="images that contrast with each other")
     parser.add_argument("--sizes", type=int, nargs="+", default=[256, 64], help="cached_microbatch_size")
     parser.add_argument("--output", type=Path, default=RESULTS / "caching.md")
-    parser.add_argument("--job", help="used by the benchmark itself: one setting, as JSON")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure, print, write; or run one setting."""
+    """Measure, print, write."""
     options = parse_arguments()
-    if options.job:
-        print(json.dumps(train(**json.loads(options.job))))
-        return
-    small, half = {"batch": SMALLEST, "size": None}, options.batch // 2
-    jobs = [small, {"batch": half, "size": None}, {"batch": options.batch, "size": None}]
-    jobs += [{"batch": batch, "size": size} for size in options.sizes for batch in (half, options.batch)]
-    results = [run(job) for job in jobs]
-    lines = report_lines(results)
+    jobs: list[tuple[int, int | None]] = [(SMALLEST, None), (options.batch, None)]
+    jobs += [(options.batch, size) for size in options.sizes] + [(options.batch // 2, options.sizes[-1])]
+    results = [run(*job) for job in jobs]
     data = {"backbone": BACKBONE, "steps": STEPS, "results": results}
-    print(write_report("Gradient caching", Path(__file__).name, lines, data, options.output))
+    print(write_report("Gradient caching", Path(__file__).name, report_lines(results), data, options.output))
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """One setting in a process of its own, one thread."""
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "MALLOC_MMAP_THRESHOLD_": "65536",  # or the allocator keeps what was freed, and the peak is its own
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-    }
-    command = [sys.executable, __file__, "--job", json.dumps(job)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{job} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+def run(batch: int, size: int | None) -> dict[str, Any]:
+    """One setting in a process of its own, which starts with what this one has imported."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(train, (batch, size))
+
+
+class Clock(TrainerCallback):
+    """Processor time of every step."""
+
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.starts.append(time.process_time())
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds.append(time.process_time() - self.starts[-1])
 
 
 def train(batch: int, size: int | None) -> dict[str, Any]:
     """Train a few steps in this process."""
-    import datasets
-    import torch
-    from torch import Tensor
-    from transformers import TrainerCallback
-
-    from hf_ssl.data.sources import ImageSource, open_images
-    from hf_ssl.modeling import METHODS
-    from hf_ssl.training.arguments import SSLTrainingArguments
-    from hf_ssl.training.trainer import SSLTrainer
-
-    class Clock(TrainerCallback):
-        def __init__(self) -> None:
-            self.starts: list[float] = []
-            self.seconds: list[float] = []
-
-        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            self.starts.append(time.process_time())
-
-        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-            self.seconds.append(time.process_time() - self.starts[-1])
 
     def batches() -> Iterator[dict[str, Tensor]]:
         generator = torch.Generator().manual_seed(0)
@@ -148,21 +137,18 @@ def train(batch: int, size: int | None) -> dict[str, Any]:
 def report_lines(results: list[dict[str, Any]]) -> list[str]:
     """The table and how to read it."""
     base = results[0]["peak_mebibytes"]
-    plain = {result["batch"]: result for result in results if result["size"] is None}
+    plain = {result["batch"]: result for result in results[1:] if result["size"] is None}
     rows = []
     for result in results[1:]:
-        reference = plain[result["batch"]]
-        rows.append(
-            [
-                str(result["batch"]),
-                str(result["size"] or "-"),
-                f"{result['peak_mebibytes'] - base:.0f}",
-                f"{(result['peak_mebibytes'] - base) / (reference['peak_mebibytes'] - base):.1%}",
-                f"{result['seconds_per_step']:.1f}",
-                f"{result['seconds_per_step'] / reference['seconds_per_step']:.2f}",
-                f"{result['losses'][0]:.4f}",
-            ]
-        )
+        reference = plain.get(result["batch"])
+        memory = result["peak_mebibytes"] - base
+        shares = ["", ""]
+        if reference:
+            shares[0] = f"{memory / (reference['peak_mebibytes'] - base):.1%}"
+            shares[1] = f"{result['seconds_per_step'] / reference['seconds_per_step']:.2f}"
+        cells = [result["batch"], result["size"] or "-", f"{memory:.0f}", shares[0]]
+        cells += [f"{result['seconds_per_step']:.1f}", shares[1], f"{result['losses'][0]:.4f}"]
+        rows.append([str(cell) for cell in cells])
     head = ["images that contrast", "cached_microbatch_size", "peak MiB above base", "of plain", "s per step"]
     side = BACKBONE["image_size"]
     return [
