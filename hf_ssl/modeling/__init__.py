@@ -105,6 +105,20 @@ METHODS = {
             "Mathilde Caron and Hugo Touvron and Ishan Misra and Hervé Jégou and Julien Mairal and "
             "Piotr Bojanowski and Armand Joulin",
         ),
+        Method(
+            "ibot",
+            "iBOT",
+            "self-distillation",
+            "2111.07832",
+            "as DINO, and hidden patches predict the teacher's choice for them",
+        ),
+        Method(
+            "dinov2",
+            "DINOv2",
+            "self-distillation",
+            "2304.07193",
+            "as iBOT, with features spread over the sphere; anchored patches as an option",
+        ),
     )
 }
 

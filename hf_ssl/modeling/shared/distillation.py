@@ -39,7 +39,10 @@ class SelfDistillation(SSLForPreTraining):
 
     def __init__(self, config: SSLDistillationConfig) -> None:
         super().__init__(config)
-        self._teacher_temperature = float(config.teacher_temperature_start)
+        warms_up = config.teacher_temperature_warmup > 0
+        self._teacher_temperature = float(
+            config.teacher_temperature_start if warms_up else config.teacher_temperature
+        )
         self._teacher_momentum = float(config.teacher_momentum)
         self._holds_prototypes = False
         self._step_seed = (0, 0)
