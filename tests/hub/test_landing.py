@@ -91,7 +91,7 @@ for name in json.loads(sys.argv[1]):
             results[f"{name}.timm"] = network(transform(image)[None])
 for name in ("mae", "simclr"):
     results[f"{name}.losses"] = fine_tune(name)
-save_file({key: value.contiguous() for key, value in results.items()}, "results.safetensors")
+save_file({key: value.clone() for key, value in results.items()}, "results.safetensors")
 """
 
 

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from hf_ssl.modeling.dinov2 import DINOv2Config, DINOv2ImageProcessor
+from hf_ssl.modeling.dinov2.modeling_dinov2 import gram_weight_at
 from hf_ssl.modeling.shared.centering import PrototypeCenter, centered_targets, sinkhorn_targets
-from hf_ssl.modeling.shared.losses import koleo_loss
+from hf_ssl.modeling.shared.losses import gram_loss, koleo_loss, shrink_patches
 from hf_ssl.modeling.shared.masks import block_mask, generator_of_row, stratified_counts
 from hf_ssl.modeling.shared.patch_distillation import mean_over_masked_views
 from hf_ssl.modeling.shared.prototypes import mean_of_other_views, row_cross_entropies, view_cross_entropies
@@ -15,7 +16,7 @@ from tests.modeling.test_ibot import by_image
 from tests.modeling.test_prototypes import axes
 from tests.modeling.tiny import BY_NAME, run_step
 
-TIED, SEPARATE = BY_NAME["dinov2"], BY_NAME["dinov2-sinkhorn"]
+TIED, SEPARATE, ANCHORED = (BY_NAME[f"dinov2{form}"] for form in ("", "-sinkhorn", "-anchored"))
 
 
 @precision
@@ -175,6 +176,71 @@ def test_a_mask_is_drawn_for_two_views_apart():
     assert not masks[:, 0].equal(masks[:, 1])
 
 
+# The anchor
+
+
+def test_gram_weight_matches_the_authors_schedule(golden):
+    for step, expected in enumerate(golden("distill_schedules")["v3_gram_weight"].tolist()):
+        assert gram_weight_at(step - 14, 7, 2.0) == pytest.approx(expected, abs=1e-12)
+    assert [gram_weight_at(age, 0, 2.0) for age in (-1, 0, 1)] == [0.0, 2.0, 2.0]
+
+
+def test_anchor_is_taken_stands_still_and_is_refreshed_as_often_as_configured():
+    options = {"gram_snapshot": 2, "gram_start": 4, "gram_update_every": 2, "gram_max_updates": 1}
+    model = ANCHORED.build(**options)
+    name, taken, weights = "layernorm.bias", [], []
+    for step in range(10):
+        with torch.no_grad():
+            dict(model.teacher.backbone.named_parameters())[name].fill_(step)
+        model.begin_step(step, 10)
+        taken.append(dict(model.anchor.backbone.named_parameters())[name][0].item())
+        weights.append(model._gram_weight)
+    assert taken == [0, 0, 2, 2, 2, 2, 6, 6, 6, 6]
+    assert weights == [0.0] * 4 + [0.5] * 6
+
+
+def test_loss_has_the_similarities_of_the_anchors_larger_views():
+    """Mistake 31: the student's patches are those of its masked view."""
+    model = ANCHORED.build().double()
+    pixels = ANCHORED.images(3, dtype=torch.float64)
+    large = torch.nn.functional.interpolate(pixels.flatten(0, 1), scale_factor=2).unflatten(0, (3, 2))
+    hidden = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0)) < 0.4
+    model.begin_step(0, 10)
+    outputs = model(pixels, bool_masked_pos=hidden, anchor_pixel_values=large)
+    expected = []
+    for view in range(2):
+        student = model.student.backbone(pixels[:, view], bool_masked_pos=hidden[:, view])
+        anchor = model.anchor.backbone(large[:, view])
+        patches = shrink_patches(anchor.last_hidden_state[:, 2:], (8, 8), (4, 4))
+        expected.append(gram_loss(student.last_hidden_state[:, 2:], patches))
+    near(outputs.parts["gram"], torch.stack(expected).mean())
+    model._gram_weight = 0.0
+    near(outputs.loss, model(pixels, bool_masked_pos=hidden).loss + 0.5 * outputs.parts["gram"])
+
+
+def test_anchor_is_kept_in_a_checkpoint_and_supplied_by_the_teacher_where_it_is_not(tmp_path):
+    model = ANCHORED.build()
+    with torch.no_grad():
+        model.anchor.backbone.layernorm.bias.fill_(3)
+        model.teacher.backbone.layernorm.bias.fill_(4)
+    model.save_pretrained(tmp_path / "with")
+    loaded = type(model).from_pretrained(tmp_path / "with")
+    assert loaded.anchor.backbone.layernorm.bias.eq(3).all()
+    assert not any(parameter.requires_grad for parameter in loaded.anchor.parameters())
+    plain = TIED.build(backbone_config={"num_register_tokens": 1}, koleo_weight=0.0)
+    plain.save_pretrained(tmp_path / "without")
+    started = type(model).from_pretrained(tmp_path / "without", config=model.config)
+    for name, value in started.anchor.state_dict().items():
+        assert value.equal(plain.teacher.state_dict()[name])
+
+
+def test_anchor_views_that_are_no_multiple_are_refused():
+    model = ANCHORED.build()
+    model.begin_step(0, 10)
+    with pytest.raises(ValueError, match="anchor views have 5 x 5 patches, the student's 16"):
+        model(ANCHORED.images(2), anchor_pixel_values=torch.randn(2, 2, 3, 20, 20))
+
+
 # Configuration and views
 
 
@@ -187,6 +253,8 @@ def test_a_mask_is_drawn_for_two_views_apart():
         ({"separate_patch_head": True, "normalize_head": True}, "normalize_head needs the tied head"),
         ({"mask_ratio_min": 0.6}, "mask_ratio_min <= mask_ratio_max"),
         ({"mask_probability": 1.5}, r"must be in \[0, 1\]"),
+        ({"gram_start": 0.05}, "is before gram_snapshot 0.1"),
+        ({"gram_weight": -1.0}, "gram_weight must be >= 0"),
         ({"backbone_config": {"model_type": "hf_ssl_timm"}}, "needs a ViT backbone"),
     ],
 )

@@ -165,6 +165,19 @@ TINY_METHODS = [
     ),
     TinyMethod("dinov2", "dinov2", QUIET_VIT, {**TINY_PROTOTYPES, "koleo_group_size": 2}),
     TinyMethod(
+        "dinov2-anchored",
+        "dinov2",
+        {**QUIET_VIT, "num_register_tokens": 1},
+        {
+            **TINY_PROTOTYPES,
+            "koleo_weight": 0.0,
+            "gram_weight": 0.5,
+            "gram_snapshot": 0,
+            "gram_start": 0,
+            "gram_warmup": 0,
+        },
+    ),
+    TinyMethod(
         "dinov2-sinkhorn",
         "dinov2",
         {**QUIET_VIT, "use_swiglu_ffn": True, "layer_scale_value": 0.5},
@@ -235,5 +248,5 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
     """Copies of teacher, queue and centres."""
-    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.")
+    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.", "anchor.")
     return {name: value.clone() for name, value in state.items() if name.startswith(kept)}

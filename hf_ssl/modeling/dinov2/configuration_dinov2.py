@@ -44,6 +44,14 @@ class DINOv2Config(SSLDistillationConfig):
     mask_ratio_min: float | int = 0.1  # of the patches of such a view, in strata over the step
     mask_ratio_max: float | int = 0.5
     koleo_weight: float | int = 0.1
+    # Gram anchoring (DINOv3), for long runs whose patch features decay: patches keep the similarities that
+    # an earlier teacher, the anchor, gives them. DINOv3's 7B run had weight 2, snapshot 0.17 and start 0.83.
+    gram_weight: float | int = 0.0  # 0: off, and no anchor is kept
+    gram_snapshot: float | int = 0.1  # when the anchor is taken from the teacher
+    gram_start: float | int = 0.8  # when the loss begins
+    gram_warmup: float | int = 1000  # on half a cosine to its weight
+    gram_update_every: int = 0  # steps between new anchors after the start; 0: none
+    gram_max_updates: int = 3
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -85,3 +93,16 @@ class DINOv2Config(SSLDistillationConfig):
         for name in ("class_loss_weight", "patch_loss_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+
+    def validate_gram(self) -> None:
+        """Refuse negative weights and durations, and a loss that begins before it has an anchor."""
+        names = ("weight", "snapshot", "start", "warmup", "update_every", "max_updates")
+        for name in names:
+            if getattr(self, f"gram_{name}") < 0:
+                raise ValueError(f"gram_{name} must be >= 0, got {getattr(self, f'gram_{name}')}")
+        same_unit = (self.gram_snapshot < 1) == (self.gram_start < 1)
+        if same_unit and self.gram_start < self.gram_snapshot:
+            raise ValueError(
+                f"gram_start {self.gram_start} is before gram_snapshot {self.gram_snapshot}: there would be "
+                "no anchor yet"
+            )
