@@ -111,6 +111,9 @@ METHODS = {
             "self-distillation",
             "2111.07832",
             "as DINO, and hidden patches predict the teacher's choice for them",
+            "iBOT: Image BERT Pre-Training with Online Tokenizer",
+            "Jinghao Zhou and Chen Wei and Huiyu Wang and Wei Shen and Cihang Xie and Alan Yuille and "
+            "Tao Kong",
         ),
         Method(
             "dinov2",
@@ -118,6 +121,13 @@ METHODS = {
             "self-distillation",
             "2304.07193",
             "as iBOT, with features spread over the sphere; anchored patches as an option",
+            "DINOv2: Learning Robust Visual Features without Supervision",
+            "Maxime Oquab and Timothée Darcet and Théo Moutakanni and Huy Vo and Marc Szafraniec and "
+            "Vasil Khalidov and Pierre Fernandez and Daniel Haziza and Francisco Massa and "
+            "Alaaeldin El-Nouby and Mahmoud Assran and Nicolas Ballas and Wojciech Galuba and "
+            "Russell Howes and Po-Yao Huang and Shang-Wen Li and Ishan Misra and Michael Rabbat and "
+            "Vasu Sharma and Gabriel Synnaeve and Hu Xu and Hervé Jegou and Julien Mairal and "
+            "Patrick Labatut and Armand Joulin and Piotr Bojanowski",
         ),
     )
 }

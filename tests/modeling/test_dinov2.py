@@ -201,7 +201,7 @@ def test_anchor_is_taken_stands_still_and_is_refreshed_as_often_as_configured():
 
 def test_loss_has_the_similarities_of_the_anchors_larger_views():
     """Mistake 31: the student's patches are those of its masked view."""
-    model = ANCHORED.build().double()
+    model = ANCHORED.build(backbone_config={"num_register_tokens": 1}).double()
     pixels = ANCHORED.images(3, dtype=torch.float64)
     large = torch.nn.functional.interpolate(pixels.flatten(0, 1), scale_factor=2).unflatten(0, (3, 2))
     hidden = torch.rand(3, 2, 16, generator=torch.Generator().manual_seed(0)) < 0.4
@@ -227,7 +227,7 @@ def test_anchor_is_kept_in_a_checkpoint_and_supplied_by_the_teacher_where_it_is_
     loaded = type(model).from_pretrained(tmp_path / "with")
     assert loaded.anchor.backbone.layernorm.bias.eq(3).all()
     assert not any(parameter.requires_grad for parameter in loaded.anchor.parameters())
-    plain = TIED.build(backbone_config={"num_register_tokens": 1}, koleo_weight=0.0)
+    plain = TIED.build(koleo_weight=0.0)
     plain.save_pretrained(tmp_path / "without")
     started = type(model).from_pretrained(tmp_path / "without", config=model.config)
     for name, value in started.anchor.state_dict().items():

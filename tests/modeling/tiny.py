@@ -167,7 +167,7 @@ TINY_METHODS = [
     TinyMethod(
         "dinov2-anchored",
         "dinov2",
-        {**QUIET_VIT, "num_register_tokens": 1},
+        QUIET_VIT,
         {
             **TINY_PROTOTYPES,
             "koleo_weight": 0.0,

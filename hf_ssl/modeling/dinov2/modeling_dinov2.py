@@ -67,7 +67,7 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
         self.center = PrototypeCenter(config.num_prototypes)
         self.patch_center = PrototypeCenter(config.num_patch_prototypes)  # type: ignore[arg-type]
         self.anchor = DINOv2Anchor(config) if config.gram_weight else None
-        self._gram_weight = 0.0
+        self._gram_weight = 0.0 if config.gram_start or config.gram_warmup else float(config.gram_weight)
         self.finish_construction()
 
     @staticmethod

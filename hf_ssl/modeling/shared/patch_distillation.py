@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from hf_ssl.modeling.shared.centering import PrototypeCenter, centered_targets, mean_logits
 from hf_ssl.modeling.shared.configuration import SSLDistillationConfig
 from hf_ssl.modeling.shared.distillation import NUM_GLOBAL_VIEWS, SelfDistillation, StepTargets
-from hf_ssl.modeling.shared.distributed import world_size
+from hf_ssl.modeling.shared.distributed import rank, world_size
 from hf_ssl.modeling.shared.heads import PrototypeHead, Prototypes
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import Branch, join_views, std_of_normalized
@@ -104,10 +104,10 @@ class StepPatches:
         self.is_masked = is_masked_PGN
         self._number = (is_masked_PGN.flatten().cumsum(0) - 1).view(is_masked_PGN.shape)
 
-    def of_images(self, position_B: Tensor) -> tuple[Tensor, PrototypeTargets]:
-        """Masks (B, G, N) and targets (M,) of the images at these places."""
+    def of_images(self, position_B: Tensor, weights: PrototypeWeights) -> tuple[Tensor, PrototypeTargets]:
+        """Masks (B, G, N) and targets (M,) of the images at these places; `weights` are the teacher's."""
         is_masked_BGN = self.is_masked[position_B]
-        return is_masked_BGN, self.targets.rows(self._number[position_B][is_masked_BGN])
+        return is_masked_BGN, self.targets.rows(self._number[position_B][is_masked_BGN], weights)
 
 
 def mean_over_masked_views(values_M: Tensor, is_masked_BGN: Tensor) -> Tensor:
@@ -166,16 +166,20 @@ class PatchSelfDistillation(SelfDistillation):
 
     def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
         """Draw all masks and let the teacher see all micro-batches."""
-        micro_batch_size = len(batches[0]["row_index"])
-        num_rows = micro_batch_size * len(batches) * world_size()
-        looks = []
-        for batch in batches:
+        looks: list[TeachersLook] = []
+        for index, batch in enumerate(batches):
             pixel_values = batch["pixel_values"]
+            size = len(pixel_values)
+            first_row = (index * world_size() + rank()) * size
             masks = self.draw_masks(
-                batch["row_index"].cpu(), num_rows, self._grid(pixel_values), self._step_seed
+                torch.arange(first_row, first_row + size),
+                size * len(batches) * world_size(),
+                self._grid(pixel_values),
+                self._step_seed,
             )
             looks.append(self.look(pixel_values, masks.to(pixel_values.device)))
-        self._class_targets, self._step_patches = self._join(looks, micro_batch_size)
+        self.keep_class_targets(torch.cat([look.classes for look in looks]), len(looks[0].classes))
+        self._step_patches = self._patches_of(looks)
         total_d = torch.stack([look.centered[0] for look in looks]).sum(dim=0)
         count = sum(look.centered[1] for look in looks)
         self._patch_mean = mean_logits(total_d, count, self.teacher.patch_weights())
@@ -199,16 +203,14 @@ class PatchSelfDistillation(SelfDistillation):
             centered=(wanted_Md.sum(dim=0), len(wanted_Md)),
         )
 
-    def _join(self, looks: list[TeachersLook], micro_batch_size: int) -> tuple[StepTargets, StepPatches]:
-        class_targets = self.targets_of(torch.cat([look.classes for look in looks]))
-        patch_targets = self.make_targets(
+    def _patches_of(self, looks: list[TeachersLook]) -> StepPatches:
+        targets = self.make_targets(
             torch.cat([look.patches for look in looks]),
             self.teacher.patch_weights(),
             self.patch_center,
             self._patch_temperature,
         )
-        is_masked_PGN = torch.cat([look.is_masked for look in looks])
-        return StepTargets(class_targets, micro_batch_size), StepPatches(patch_targets, is_masked_PGN)
+        return StepPatches(targets, torch.cat([look.is_masked for look in looks]))
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """Move both centres, then the teacher."""
@@ -323,7 +325,15 @@ class PatchSelfDistillation(SelfDistillation):
                 seed = (int(torch.randint(2**31, ())), 0)
                 bool_masked_pos = self.draw_masks(row_index, num_images, self._grid(pixel_values), seed)
             look = self.look(pixel_values, bool_masked_pos.to(pixel_values.device))
-            classes, patches = self._join([look], num_images)
+            classes, patches = (
+                StepTargets(self.targets_of(look.classes), num_images),
+                self._patches_of([look]),
+            )
             row_index = row_index.to(pixel_values.device)
-        is_masked_BGN, patch_targets = patches.of_images(classes.positions(row_index))
-        return classes.of_rows(row_index), patch_targets, is_masked_BGN
+        position_B = classes.positions(row_index)
+        is_masked_BGN, patch_targets = patches.of_images(position_B, self.teacher.patch_weights())
+        return (
+            classes.of_rows(row_index, self.teacher.head.prototypes.weights()),
+            patch_targets,
+            is_masked_BGN,
+        )
