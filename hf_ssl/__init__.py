@@ -20,6 +20,8 @@ _HOMES = {
     "hf_ssl.modeling.mocov3": ("MoCoV3Config", "MoCoV3ForPreTraining", "MoCoV3ImageProcessor", "MoCoV3Model"),
     "hf_ssl.modeling.mae": ("MAEConfig", "MAEForPreTraining", "MAEImageProcessor", "MAEModel"),
     "hf_ssl.modeling.dino": ("DINOConfig", "DINOForPreTraining", "DINOImageProcessor", "DINOModel"),
+    "hf_ssl.modeling.ibot": ("iBOTConfig", "iBOTForPreTraining", "iBOTImageProcessor", "iBOTModel"),
+    "hf_ssl.modeling.dinov2": ("DINOv2Config", "DINOv2ForPreTraining", "DINOv2ImageProcessor", "DINOv2Model"),
     "hf_ssl.modeling.shared.configuration": ("SSLTimmConfig", "SSLViTConfig"),
     "hf_ssl.data": ("load_sample", "open_images"),
     "hf_ssl.training": ("SSLTrainer", "SSLTrainingArguments", "train"),

@@ -32,7 +32,11 @@ from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 logger = logging.getLogger(__name__)
 
 FEW_ROWS = 1000  # broken images are counted against at least so many rows: a first bad one is no 100 %
-BATCH_KEYS = {"global": "pixel_values", "local": "local_pixel_values"}
+BATCH_KEYS = {
+    "global": "pixel_values",
+    "local": "local_pixel_values",
+    "anchor": "anchor_pixel_values",
+}
 _REPORT = "report"  # what a worker tells the main process with a batch
 
 Batch = dict[str, Any]
@@ -97,7 +101,7 @@ class TrainLoader:
     Yields dicts:
         pixel_values: uint8 (B, V, C, H, W), in memory (V, B, C, H, W); (B, C, H, W) if there is one global
             view.
-        local_pixel_values: the same of the local views, if there are any, always with V.
+        local_pixel_values, anchor_pixel_values: the same of those views, if there are any, always with V.
         sample_id: int64 (B,), stable: the index of the row in its source, plus the source's number << 48.
         epoch: int64 (B,), the epoch of the row's source.
         text: list of B captions, if all sources have a text column.

@@ -54,6 +54,8 @@ class ViewParameters(NamedTuple):
 
 def num_draws(spec: ViewSpec) -> int:
     """Uniform numbers that `draw_view` takes."""
+    if spec.crop is None:
+        return 0
     return _CROP_DRAWS + sum(_TRANSFORM_DRAWS[transform.type] for transform in spec.transforms)
 
 
@@ -86,7 +88,8 @@ def draw_crop(spec: CropSpec, height: int, width: int, uniforms: Sequence[float]
 
 
 def draw_view(spec: ViewSpec, height: int, width: int, uniforms: Sequence[float]) -> ViewParameters:
-    """Draws one view of an image of this size from `num_draws(spec)` numbers in [0, 1)."""
+    """Draws one view, no anchor, of an image of this size from `num_draws(spec)` numbers in [0, 1)."""
+    assert spec.crop is not None
     crop = draw_crop(spec.crop, height, width, uniforms[:_CROP_DRAWS])
     steps: list[Step] = []
     start = _CROP_DRAWS
@@ -96,6 +99,12 @@ def draw_view(spec: ViewSpec, height: int, width: int, uniforms: Sequence[float]
             steps += _draw_steps(transform, uniforms[start + 1 : end])
         start = end
     return ViewParameters(spec.kind, spec.size, crop, spec.crop.interpolation, tuple(steps))
+
+
+def anchor_of(view: ViewParameters, size: int) -> ViewParameters:
+    """The same crop and flip at another size, and nothing else of what was drawn."""
+    flips = tuple(step for step in view.steps if step.operation == "horizontal_flip")
+    return view._replace(kind="anchor", size=size, steps=flips)
 
 
 def _draw_steps(transform: TransformSpec, uniforms: Sequence[float]) -> list[Step]:

@@ -5,6 +5,8 @@ A recipe is a list of entries like this one; `count` views are drawn with each:
      "crop": {"scale": [0.2, 1.0], "ratio": [0.75, 1.3333333333333333], "interpolation": "bilinear"},
      "transforms": [{"type": "horizontal_flip", "probability": 0.5}, ...]}
 Transforms run in the order written. Everything but `size` and `crop.scale` has a default.
+An entry of kind "anchor" has `count` and `size` alone: its views are the global ones once more, same crop and
+flip, at another size and without their changes of colour and sharpness.
 """
 
 import difflib
@@ -12,7 +14,7 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-KINDS = ("global", "local")
+KINDS = ("global", "local", "anchor")
 INTERPOLATIONS = ("bilinear", "bicubic")
 DEFAULT_RATIO = (3 / 4, 4 / 3)
 
@@ -54,11 +56,11 @@ class TransformSpec(NamedTuple):
 
 
 class ViewSpec(NamedTuple):
-    """How one view is drawn."""
+    """How one view is drawn; an anchor, which repeats a global view, has no crop of its own."""
 
     kind: str
     size: int
-    crop: CropSpec
+    crop: CropSpec | None
     transforms: tuple[TransformSpec, ...]
 
 
@@ -88,13 +90,21 @@ def parse_recipe(views: list[dict[str, Any]]) -> list[ViewSpec]:
             raise ValueError(
                 f"{kind} views have the sizes {sizes}; give one size per kind (kinds: {', '.join(KINDS)})"
             )
+    counts = {kind: sum(spec.kind == kind for spec in specs) for kind in KINDS}
+    if counts["anchor"] not in (0, counts["global"]):
+        raise ValueError(
+            f"{counts['anchor']} anchor views cannot repeat {counts['global']} global ones; give as many"
+        )
     return specs
 
 
 def _parse_view(entry: Mapping[str, Any], where: str) -> ViewSpec:
-    _check_keys(entry, ("count", "kind", "size", "crop", "transforms"), where)
     kind = _choice(entry.get("kind", "global"), KINDS, f"{where}.kind")
+    own_keys = () if kind == "anchor" else ("crop", "transforms")
+    _check_keys(entry, ("count", "kind", "size", *own_keys), where)
     size = _integer(_required(entry, "size", where), f"{where}.size")
+    if kind == "anchor":
+        return ViewSpec(kind, size, None, ())
     transforms = entry.get("transforms", [])
     if not isinstance(transforms, (list, tuple)):
         raise ValueError(f"{where}.transforms must be a list, got {transforms!r}")

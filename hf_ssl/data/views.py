@@ -21,7 +21,15 @@ from torchvision.transforms.v2 import functional as tvF
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
 from hf_ssl.data.decoding import BrokenImageError, decode_image
 from hf_ssl.data.pixels import OPERATIONS, crop_and_resize
-from hf_ssl.data.view_draws import CropBox, Step, ViewParameters, draw_crop, draw_view, num_draws
+from hf_ssl.data.view_draws import (
+    CropBox,
+    Step,
+    ViewParameters,
+    anchor_of,
+    draw_crop,
+    draw_view,
+    num_draws,
+)
 from hf_ssl.data.view_recipe import parse_recipe
 
 __all__ = [
@@ -47,7 +55,7 @@ class ViewMaker:
     Attributes:
         num_views: views of one image.
         sizes: side of each view.
-        kinds: "global" or "local" for each view.
+        kinds: "global", "local" or "anchor" for each view.
 
     Raises:
         ValueError: the recipe is wrong; the message says where.
@@ -114,9 +122,14 @@ class ViewMaker:
         generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         uniforms = generator.random(self._draw_ends[-1]).tolist()
         starts = [0, *self._draw_ends]
-        return [
-            draw_view(spec, height, width, uniforms[start:end])
+        drawn = [
+            None if spec.crop is None else draw_view(spec, height, width, uniforms[start:end])
             for spec, start, end in zip(self._specs, starts, self._draw_ends, strict=False)
+        ]
+        global_views = iter([view for view in drawn if view is not None and view.kind == "global"])
+        return [
+            anchor_of(next(global_views), spec.size) if view is None else view
+            for spec, view in zip(self._specs, drawn, strict=True)
         ]
 
 

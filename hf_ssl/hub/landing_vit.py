@@ -2,8 +2,8 @@
 
 `ViTModel` takes every plain ViT with a class token: names in memory are ours, the pooler is the identity, so
 that `pooler_output` is the class token. `IJepaModel` takes ViTs without class token; the DINOv2 classes take
-registers and gated MLPs. LayerScale, where the native class has none, is folded into the Linear before it:
-lambda * (W x + b) = (lambda W) x + lambda b.
+registers, gated MLPs, and LayerScale beside a mask token. LayerScale, where the native class has none, is
+folded into the Linear before it: lambda * (W x + b) = (lambda W) x + lambda b.
 """
 
 import re
@@ -35,8 +35,12 @@ def land_vit(backbone: SSLViTBackbone, processor: SSLImageProcessor) -> Landing:
     notes = []
     if native_class == "IJepaModel":
         notes.append("no class token: there is no pooled output, pool=True fails; average last_hidden_state")
-    if backbone.config.use_mask_token:
+    if backbone.config.use_mask_token and not native_class.startswith("Dinov2"):
         notes.append("the mask token stays in the pre-training checkpoint")
+    if backbone.config.interpolate_offset or (
+        backbone.config.interpolate_antialias != (native_class == "Dinov2WithRegistersModel")
+    ):
+        notes.append("features of other image sizes differ: positions are resized in another way there")
     names = [f"layers.{index}" for index in range(backbone.config.num_hidden_layers)]
     return Landing(
         native_class=native_class,
@@ -54,13 +58,17 @@ def choose_native_class(config: SSLViTConfig) -> str:
         ValueError: there is none.
     """
     plain = not config.num_register_tokens and not config.use_swiglu_ffn
-    if plain:
-        return "ViTModel" if config.use_class_token else "IJepaModel"
     if not config.use_class_token:
+        if plain:
+            return "IJepaModel"
         raise ValueError(
             "no native class has registers or a gated MLP but no class token; train with use_class_token=True"
         )
-    if config.intermediate_size % config.hidden_size:  # type: ignore[operator]
+    has_whole_ratio = config.intermediate_size % config.hidden_size == 0  # type: ignore[operator]
+    has_both = config.layer_scale_value is not None and config.use_mask_token
+    if plain and not (has_both and has_whole_ratio):
+        return "ViTModel"
+    if not has_whole_ratio:
         raise ValueError(
             f"the native class needs an intermediate_size that is a multiple of hidden_size, got "
             f"{config.intermediate_size} and {config.hidden_size}"
@@ -148,6 +156,8 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _dinov2_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]:
     width = backbone.hidden_size
     state: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, width)}
+    if backbone.embeddings.mask_token is not None:
+        state["embeddings.mask_token"] = backbone.embeddings.mask_token.detach()[0]
     for index in range(backbone.config.num_hidden_layers):  # identity where ours has no LayerScale
         for number in (1, 2):
             state[f"encoder.layer.{index}.layer_scale{number}.lambda1"] = torch.ones(width)

@@ -105,6 +105,30 @@ METHODS = {
             "Mathilde Caron and Hugo Touvron and Ishan Misra and Hervé Jégou and Julien Mairal and "
             "Piotr Bojanowski and Armand Joulin",
         ),
+        Method(
+            "ibot",
+            "iBOT",
+            "self-distillation",
+            "2111.07832",
+            "as DINO, and hidden patches predict the teacher's choice for them",
+            "iBOT: Image BERT Pre-Training with Online Tokenizer",
+            "Jinghao Zhou and Chen Wei and Huiyu Wang and Wei Shen and Cihang Xie and Alan Yuille and "
+            "Tao Kong",
+        ),
+        Method(
+            "dinov2",
+            "DINOv2",
+            "self-distillation",
+            "2304.07193",
+            "as iBOT, with features spread over the sphere; anchored patches as an option",
+            "DINOv2: Learning Robust Visual Features without Supervision",
+            "Maxime Oquab and Timothée Darcet and Théo Moutakanni and Huy Vo and Marc Szafraniec and "
+            "Vasil Khalidov and Pierre Fernandez and Daniel Haziza and Francisco Massa and "
+            "Alaaeldin El-Nouby and Mahmoud Assran and Nicolas Ballas and Wojciech Galuba and "
+            "Russell Howes and Po-Yao Huang and Shang-Wen Li and Ishan Misra and Michael Rabbat and "
+            "Vasu Sharma and Gabriel Synnaeve and Hu Xu and Hervé Jegou and Julien Mairal and "
+            "Patrick Labatut and Armand Joulin and Piotr Bojanowski",
+        ),
     )
 }
 

@@ -4,6 +4,7 @@ A starting point is a folder (a run, a checkpoint, a copy of a published reposit
 the Hub, `owner/name` or `owner/name@revision`; a name without an owner is one of timm's models.
 """
 
+import copy
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from hf_ssl.hub.locations import Location, locate
 from hf_ssl.hub.small_stem import restore_small_stem
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.positions import resize_positions
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.recipes import Recipe, RecipeError, with_model_of
 
@@ -125,7 +127,17 @@ def _cannot_start(name: str, error: BaseException) -> RecipeError:
 def _continue_method(
     model_class: Any, start: StartingPoint, config: Any, allow_new_heads: bool
 ) -> SSLForPreTraining:
-    """Everything the checkpoint has: the encoder must fit, heads may start fresh with consent."""
+    """Everything the checkpoint has: the encoder must fit, heads may start fresh with consent.
+
+    Learned positions of another grid are resized, so that a run can go on at another resolution.
+    """
+    there, here = _learned_grid(start.config), _learned_grid(config)
+    if there is not None and here is not None and there != here:
+        as_there = copy.deepcopy(config)
+        as_there.backbone_config.image_size = start.config.backbone_config.image_size
+        source = _continue_method(model_class, start, as_there, allow_new_heads)
+        logger.info("start     positions resized from %d x %d to %d x %d", there, there, here, here)
+        return _with_another_grid(source, model_class(config), there, here)
     model, info = start.location.load(
         model_class,
         start.subfolder,
@@ -157,6 +169,26 @@ def _continue_method(
     return model
 
 
+def _learned_grid(config: Any) -> int | None:
+    """Patches along a side of the table of learned positions; None: there is no such table."""
+    backbone = config.backbone_config
+    if getattr(backbone, "position_embedding_type", None) != "learned":
+        return None
+    return int(backbone.grid_size)
+
+
+def _with_another_grid(
+    source: SSLForPreTraining, model: SSLForPreTraining, old: int, new: int
+) -> SSLForPreTraining:
+    """`model` with everything of `source`, its learned positions resized."""
+    state = source.state_dict()
+    has_class_token = source.config.backbone_config.use_class_token  # type: ignore[union-attr]
+    for name in [name for name in state if name.endswith(".embeddings.position_embeddings")]:
+        state[name] = resize_positions(state[name], (old, old), (new, new), has_class_token)
+    model.load_state_dict(state)
+    return model
+
+
 def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLForPreTraining:
     """Fresh heads on the encoder of another method, a native model or a timm model."""
     encoder = start.location.load(AutoModel, start.subfolder)
@@ -165,6 +197,10 @@ def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLFo
     backbone = branch.backbone.config
     if isinstance(backbone, SSLViTConfig):
         state = own_vit_state(state, has_layer_scale=backbone.layer_scale_value is not None)
+        own_token = branch.backbone.embeddings.mask_token
+        if own_token is not None:  # a native class has none, or one of another shape
+            token = state.get("embeddings.mask_token", own_token.detach())
+            state["embeddings.mask_token"] = token.reshape(own_token.shape)
     elif backbone.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
         state = restore_small_stem(state, backbone.small_stem_stride)
     network = getattr(branch.backbone, "network", branch.backbone)  # a CNN's own names are timm's

@@ -412,3 +412,33 @@ def _processed(processor, image: Image.Image) -> torch.Tensor:
 def test_evaluation_view_refuses_a_crop_larger_than_the_image():
     with pytest.raises(ValueError, match="resize_size 40 is smaller than size 64"):
         evaluation_view(noise(50, 50), 64, resize_size=40)
+
+
+# Anchors
+
+
+def test_an_anchor_is_the_global_view_at_another_size_without_its_colours():
+    jitter = {"type": "color_jitter", "brightness": 0.5, "hue": 0.2}
+    view = {"kind": "global", "count": 2, "size": 16, "crop": {"scale": [0.3, 1.0]}}
+    transforms = [{"type": "horizontal_flip", "probability": 0.5}, jitter]
+    small = {**view, "kind": "local", "count": 1, "size": 8}
+    recipe = [{**view, "transforms": transforms}, small, {"kind": "anchor", "count": 2, "size": 32}]
+    maker = ViewMaker(recipe)
+    assert maker.kinds == ["global", "global", "local", "anchor", "anchor"]
+    flips = set()
+    for sample in range(8):
+        drawn = maker.draw(64, 64, (0, 0, sample))
+        for own, anchor in zip(drawn[:2], drawn[3:], strict=True):
+            assert anchor.crop == own.crop and anchor.size == 32
+            assert anchor.steps == tuple(step for step in own.steps if step.operation == "horizontal_flip")
+            flips.add(len(anchor.steps))
+        assert drawn[:3] == ViewMaker(recipe[:2]).draw(64, 64, (0, 0, sample))  # nothing else moves
+    assert flips == {0, 1}
+
+
+def test_anchors_are_as_many_as_global_views_and_have_no_crop_of_their_own():
+    view = {"kind": "global", "count": 2, "size": 16, "crop": {"scale": [0.3, 1.0]}}
+    with pytest.raises(ValueError, match="1 anchor views cannot repeat 2 global ones"):
+        ViewMaker([view, {"kind": "anchor", "size": 32}])
+    with pytest.raises(ValueError, match=r"views\[1\] has the unknown key 'crop'"):
+        ViewMaker([view, {**view, "kind": "anchor"}])

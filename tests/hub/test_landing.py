@@ -34,6 +34,12 @@ CASES = {  # name: method, backbone, fields of the method's config
     "mae": ("mae", VIT, {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}),
     "mocov3": ("mocov3", {**VIT, "layer_scale_value": 0.3}, {"projection_hidden_size": 16}),
     "dino": ("dino", VIT, {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8}),
+    "ibot": ("ibot", VIT, {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8}),
+    "dinov2": (
+        "dinov2",
+        {**VIT, "layer_scale_value": 0.3, "num_register_tokens": 2, "interpolate_antialias": True},
+        {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8},
+    ),
     "simclr": ("simclr", SMALL_STEM, {}),
     "moco": ("moco", {**SMALL_STEM, "small_stem_stride": 2}, {"queue_length": 8}),
     "imagenet_stem": ("moco", {**SMALL_STEM, "image_size": 64}, {"queue_length": 8}),
@@ -85,7 +91,7 @@ for name in json.loads(sys.argv[1]):
             results[f"{name}.timm"] = network(transform(image)[None])
 for name in ("mae", "simclr"):
     results[f"{name}.losses"] = fine_tune(name)
-save_file({key: value.contiguous() for key, value in results.items()}, "results.safetensors")
+save_file({key: value.clone() for key, value in results.items()}, "results.safetensors")
 """
 
 
@@ -219,6 +225,8 @@ def authors_vit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         ({"num_register_tokens": 2, "layer_scale_value": None}, "Dinov2WithRegistersModel"),
         ({"use_swiglu_ffn": True}, "Dinov2Model"),
         ({"qkv_bias": False, "layer_scale_value": None, "use_mask_token": True}, "ViTModel"),
+        ({"use_mask_token": True}, "Dinov2Model"),
+        ({"use_mask_token": True, "intermediate_size": 48}, "ViTModel"),
     ],
 )
 def test_vits_land_in_the_class_that_has_their_parts(tmp_path, changes, native_class):
@@ -236,6 +244,25 @@ def test_other_image_sizes_agree_with_the_native_interpolation(tmp_path, name):
     assert_close(
         native(pixels, interpolate_pos_encoding=True).last_hidden_state, expected, rtol=0, atol=TOLERANCE
     )
+
+
+@pytest.mark.parametrize("num_register_tokens", [0, 2])
+def test_dinov2_lands_exactly_at_other_sizes_and_with_hidden_patches(tmp_path, num_register_tokens):
+    """Mistake 36: registers have no position; the mask token travels, LayerScale is not folded."""
+    changes = {"num_register_tokens": num_register_tokens, "interpolate_antialias": num_register_tokens > 0}
+    model = build("dinov2", use_mask_token=True, **changes)
+    with torch.no_grad():
+        model.backbone.embeddings.mask_token.normal_()
+    report = export_encoder(model, tmp_path / "vit")
+    native = transformers.AutoModel.from_pretrained(tmp_path / "vit").eval()
+    assert not report.notes[1:] and report.native_class.startswith("Dinov2")
+    for size in ((32, 32), (48, 24), (16, 24)):
+        pixels = torch.rand(2, 3, *size)
+        hidden = torch.rand(2, size[0] * size[1] // 64) < 0.4
+        expected = model.backbone(pixels, bool_masked_pos=hidden)
+        outputs = native(pixels, bool_masked_pos=hidden)
+        for name in ("last_hidden_state", "pooler_output"):
+            assert_close(outputs[name], expected[name], rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("stride", "side"), [(1, 33), (2, 33), (2, 32)])

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from hf_ssl.modeling.shared.losses import (
+    gram_loss,
     koleo_loss,
     masked_patch_loss,
     normalize,
     nt_xent_loss,
     paired_contrastive_loss,
     queue_contrastive_loss,
+    shrink_patches,
 )
 from tests.closeness import near, precision
 
@@ -304,3 +306,37 @@ def test_koleo_seeks_neighbours_within_its_group_alone():
 def test_koleo_refuses_groups_that_do_not_fit(group_size):
     with pytest.raises(ValueError, match=f"divide the 8 of a micro-batch, got koleo_group_size {group_size}"):
         koleo_loss(torch.randn(8, 4), group_size)
+
+
+# Gram anchoring
+
+
+@precision
+def test_gram_loss_matches_the_authors_code(golden, dtype, tolerance):
+    """Mistakes 31 and 32: normalised, a mean and not a sum, no gradient for the anchor."""
+    case = golden("gram")
+    student, anchor = (case[name].to(dtype).requires_grad_() for name in ("student", "teacher"))
+    loss = gram_loss(student, anchor)
+    loss.backward()
+    near(loss, case["loss_img"][0], tolerance)
+    near(student.grad, case["grad_img"], tolerance)
+    assert anchor.grad is None
+
+
+@precision
+def test_gram_targets_of_higher_resolution_are_shrunk_before_their_norm(golden, dtype, tolerance):
+    """Mistake 31."""
+    case = golden("gram")
+    student = case["student"].to(dtype).requires_grad_()
+    shrunk = shrink_patches(case["teacher_hr"].to(dtype), (8, 8), (4, 4))
+    near(shrunk, case["teacher_hr_down"], max(tolerance, 1e-6))
+    loss = gram_loss(student, shrunk)
+    loss.backward()
+    near(loss, case["loss_hr"][0], max(tolerance, 1e-6))
+    near(student.grad, case["grad_hr"], max(tolerance, 1e-6))
+
+
+def test_gram_loss_of_equal_similarities_is_zero_whatever_the_width():
+    features = normal(2, 5, 4)
+    near(gram_loss(features, 3 * features), 0.0)
+    near(gram_loss(features, F.pad(features, (0, 3))), 0.0)

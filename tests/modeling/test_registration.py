@@ -119,6 +119,8 @@ def test_registration_is_idempotent_and_names_are_the_papers():
         "mocov3": "MoCoV3Config",
         "mae": "MAEConfig",
         "dino": "DINOConfig",
+        "ibot": "iBOTConfig",
+        "dinov2": "DINOv2Config",
     }
 
 

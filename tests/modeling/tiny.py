@@ -20,6 +20,7 @@ TINY_VIT = {
     "image_size": 16,
     "patch_size": 4,
 }
+QUIET_VIT = {**TINY_VIT, "drop_path_rate": 0.0}  # for methods whose default has that noise
 TINY_RESNET = {
     "model_type": "hf_ssl_timm",
     "architecture": "resnet18",
@@ -31,6 +32,8 @@ TINY_PROTOTYPES = {
     "head_hidden_size": 16,
     "head_bottleneck_size": 8,
     "freeze_prototypes": 0,
+    "teacher_temperature": 0.04,
+    "teacher_temperature_warmup": 0,
 }
 TINY_MOCO_V3_HEADS = {"projection_size": 8, "projection_hidden_size": 16}
 
@@ -139,7 +142,7 @@ TINY_METHODS = [
     TinyMethod(
         "dino-vit",
         "dino",
-        {**TINY_VIT, "drop_path_rate": 0.0},  # noise; everything else repeats itself
+        QUIET_VIT,
         {**TINY_PROTOTYPES, "koleo_weight": 0.1, "koleo_group_size": 2},
     ),
     TinyMethod(
@@ -148,10 +151,51 @@ TINY_METHODS = [
         TINY_RESNET,
         {**TINY_PROTOTYPES, "normalize_head": True, "train_prototype_scale": True},
     ),
+    TinyMethod("ibot", "ibot", QUIET_VIT, {**TINY_PROTOTYPES, "patch_teacher_temperature": 0.04}),
+    TinyMethod(
+        "ibot-unshared",
+        "ibot",
+        QUIET_VIT,
+        {
+            **TINY_PROTOTYPES,
+            "patch_teacher_temperature": 0.04,
+            "shared_head": False,
+            "num_patch_prototypes": 12,
+        },
+    ),
+    TinyMethod("dinov2", "dinov2", QUIET_VIT, {**TINY_PROTOTYPES, "koleo_group_size": 2}),
+    TinyMethod(
+        "dinov2-anchored",
+        "dinov2",
+        QUIET_VIT,
+        {
+            **TINY_PROTOTYPES,
+            "koleo_weight": 0.0,
+            "gram_weight": 0.5,
+            "gram_snapshot": 0,
+            "gram_start": 0,
+            "gram_warmup": 0,
+        },
+    ),
+    TinyMethod(
+        "dinov2-sinkhorn",
+        "dinov2",
+        {**QUIET_VIT, "use_swiglu_ffn": True, "layer_scale_value": 0.5},
+        {
+            **TINY_PROTOTYPES,
+            "koleo_group_size": 2,
+            "centering": "sinkhorn_knopp",
+            "separate_patch_head": True,
+            "num_patch_prototypes": 12,
+            "patch_bottleneck_size": 4,
+        },
+    ),
 ]
 BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
-ONE_OF_EACH = [BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit")]
+ONE_OF_EACH = [
+    BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit", "ibot", "dinov2")
+]
 
 
 def run_step(
@@ -204,5 +248,5 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
     """Copies of teacher, queue and centres."""
-    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.")
+    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.", "anchor.")
     return {name: value.clone() for name, value in state.items() if name.startswith(kept)}

@@ -61,6 +61,23 @@ def test_published_recipes_have_the_published_rate_and_groups(
     assert (args.decay_norms_and_biases, args.max_grad_norm) == (decays_norms, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "clip", "layer_decay"),
+    [
+        ("ibot", 2e-3, "per_tensor", 1.0),
+        ("dinov2", 4e-3 * 2**0.5, "per_module", 0.9),
+        ("dinov2_vitl14", 2e-4 * 3**0.5, "per_module", 1.0),
+    ],
+)
+def test_self_distillation_is_clipped_and_scaled_as_published(
+    name: str, rate: float, clip: str, layer_decay: float, tmp_path: Path
+):
+    """Mistake 35: DINOv2's rate grows with the root of the batch, from 1,024 images on."""
+    args = training_arguments(load_recipe(name), str(tmp_path))
+    assert args.learning_rate == pytest.approx(rate)
+    assert (args.max_grad_norm, args.clip_mode, args.layer_decay) == (3.0, clip, layer_decay)
+
+
 def test_every_method_has_a_tiny_recipe():
     assert {f"{method}_tiny" for method in METHODS} <= set(recipe_names())
 

@@ -14,6 +14,7 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from hf_ssl.hub import export_encoder, prepare_repository, publish
 from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.positions import resize_positions
 from hf_ssl.training.recipes import Recipe, RecipeError, load_recipe
 from hf_ssl.training.run import train
 from hf_ssl.training.starting_points import build_model, find_starting_point
@@ -276,3 +277,12 @@ def test_what_is_not_there_reads_one_line(hub: HubServer, start: str, message: s
     with pytest.raises(RecipeError) as error:
         find_starting_point(start)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_phase_at_higher_resolution_keeps_everything_and_resizes_learned_positions(tmp_path: Path):
+    first = save(tmp_path, "dinov2").state_dict()
+    second = started("dinov2", tmp_path, backbone_config={"image_size": 24}).state_dict()
+    for name, value in first.items():
+        if name.endswith("position_embeddings"):
+            value = resize_positions(value, (4, 4), (6, 6), has_class_token=True)
+        assert second[name].equal(value), name

@@ -75,7 +75,7 @@ class DINOForPreTraining(SelfDistillation):
         }
         if self.config.koleo_weight:
             koleo = self.koleo(features_RD, num_images)
-            parts["koleo"] = koleo.detach() / NUM_GLOBAL_VIEWS
+            parts["koleo"] = koleo.detach()
             loss = loss + self.config.koleo_weight * koleo
         return SSLOutput(
             loss=loss,

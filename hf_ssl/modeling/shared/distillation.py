@@ -20,7 +20,7 @@ from hf_ssl.modeling.shared.distributed import convert_batchnorm, world_size
 from hf_ssl.modeling.shared.heads import PrototypeHead, Prototypes
 from hf_ssl.modeling.shared.losses import koleo_loss
 from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, Branch, SSLForPreTraining, join_views
-from hf_ssl.modeling.shared.prototypes import PrototypeTargets
+from hf_ssl.modeling.shared.prototypes import PrototypeTargets, PrototypeWeights
 from hf_ssl.modeling.shared.teacher import cosine_momentum, linear_warmup, num_steps, update_teacher
 
 NUM_GLOBAL_VIEWS = 2
@@ -39,11 +39,15 @@ class SelfDistillation(SSLForPreTraining):
 
     def __init__(self, config: SSLDistillationConfig) -> None:
         super().__init__(config)
-        self._teacher_temperature = float(config.teacher_temperature_start)
+        warms_up = config.teacher_temperature_warmup > 0
+        self._teacher_temperature = float(
+            config.teacher_temperature_start if warms_up else config.teacher_temperature
+        )
         self._teacher_momentum = float(config.teacher_momentum)
         self._holds_prototypes = False
         self._step_seed = (0, 0)
         self._class_targets: StepTargets | None = None
+        self._class_mean: Tensor | None = None
 
     @staticmethod
     def build_branch(config: SSLDistillationConfig) -> Branch:
@@ -85,7 +89,7 @@ class SelfDistillation(SSLForPreTraining):
             step, total_steps, config.teacher_momentum, config.teacher_momentum_end
         )
         self._holds_prototypes = step < num_steps(config.freeze_prototypes, total_steps)
-        self._class_targets = None
+        self._class_targets = self._class_mean = None
 
     def held_parameters(self) -> Iterable[nn.Parameter]:
         """The student's prototypes at the start of a run; the MLP before them finds its place first."""
@@ -96,7 +100,13 @@ class SelfDistillation(SSLForPreTraining):
     def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
         """Let the teacher see all micro-batches of the step."""
         vectors = [self.class_vectors(batch["pixel_values"]) for batch in batches]
-        self._class_targets = StepTargets(self.targets_of(torch.cat(vectors)), len(vectors[0]))
+        self.keep_class_targets(torch.cat(vectors), len(vectors[0]))
+
+    def keep_class_targets(self, vectors_PGd: Tensor, micro_batch_size: int) -> None:
+        """Targets of the step, and the mean logits that the centre will move by."""
+        targets = self.targets_of(vectors_PGd)
+        self._class_targets = StepTargets(targets, micro_batch_size)
+        self._class_mean = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.weights)
 
     @torch.no_grad()
     def class_vectors(self, pixel_values: Tensor) -> Tensor:
@@ -115,15 +125,13 @@ class SelfDistillation(SSLForPreTraining):
         if prepared is None or row_index is None:
             prepared = StepTargets(self.targets_of(self.class_vectors(pixel_values)), len(pixel_values))
             row_index = prepared.first_rows(pixel_values)
-        return prepared.of_rows(row_index)
+        return prepared.of_rows(row_index, self.teacher.head.prototypes.weights())  # type: ignore[union-attr, operator]
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """Move the centre by the teacher that made the targets, then the teacher."""
-        if self._class_targets is not None:
-            targets = self._class_targets.targets
-            mean_K = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.weights)
-            self.center.update(mean_K, self.config.center_momentum)
-        self._class_targets = None
+        if self._class_mean is not None:
+            self.center.update(self._class_mean, self.config.center_momentum)
+        self._class_targets = self._class_mean = None
         update_teacher(self.teacher, self.student, self._teacher_momentum)
 
     # Parts of the loss
@@ -196,10 +204,10 @@ class StepTargets:
         rows_of_all = self.micro_batch_size * world_size()
         return row_index // rows_of_all * self.micro_batch_size + row_index % self.micro_batch_size
 
-    def of_rows(self, row_index: Tensor) -> PrototypeTargets:
-        """Targets of rows of the global batch, view after view."""
+    def of_rows(self, row_index: Tensor, weights: PrototypeWeights) -> PrototypeTargets:
+        """Targets of rows of the global batch, view after view, with the teacher's `weights` as they are."""
         views = torch.arange(NUM_GLOBAL_VIEWS, device=row_index.device)[:, None]
-        return self.targets.rows(self.positions(row_index) * NUM_GLOBAL_VIEWS + views)
+        return self.targets.rows(self.positions(row_index) * NUM_GLOBAL_VIEWS + views, weights)
 
 
 def build_head(config: SSLDistillationConfig, input_size: int) -> PrototypeHead:

@@ -196,3 +196,39 @@ def koleo_loss(features_BD: Tensor, group_size: int | None = None) -> Tensor:
         # The epsilon is added to every difference, as torch's PairwiseDistance does: equal rows stay finite.
         distance_GS = (groups_GSD - nearest_GSD + 1e-8).norm(dim=2)
         return -(distance_GS + 1e-8).log().mean()
+
+
+def gram_loss(student_BND: Tensor, anchor_BND: Tensor) -> Tensor:
+    """Mean squared difference of the cosines between all patches of an image.
+
+    Simeoni et al. 2025 (arXiv 2508.10104), Eq. 2, as a mean over the batch and all N x N entries as in the
+    authors' code, where the paper sums.
+
+    Args:
+        student_BND: patch features, any norm; the only input that receives a gradient.
+        anchor_BND: features of the same patches by an earlier teacher; may have another width.
+
+    Returns:
+        Scalar, 0 where both have the same similarities.
+    """
+    with without_autocast(student_BND):
+        student_BND, anchor_BND = normalize(student_BND), normalize(anchor_BND.detach())
+        cosines_BNN = student_BND @ student_BND.transpose(1, 2)
+        targets_BNN = (anchor_BND @ anchor_BND.transpose(1, 2)).to(cosines_BNN.dtype)
+        return F.mse_loss(cosines_BNN, targets_BNN)
+
+
+def shrink_patches(patches_BND: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Patch features of a finer grid on a coarser one, bicubic without antialiasing, before any norm.
+
+    Args:
+        patches_BND: features in row-major order.
+        grid: their (rows, columns).
+        new_grid: those wanted.
+    """
+    if grid == new_grid:
+        return patches_BND
+    with without_autocast(patches_BND):
+        map_BDHW = full_precision(patches_BND).transpose(1, 2).unflatten(2, grid)
+        shrunk_BDHW = F.interpolate(map_BDHW, size=new_grid, mode="bicubic", align_corners=False)
+        return shrunk_BDHW.flatten(2).transpose(1, 2)

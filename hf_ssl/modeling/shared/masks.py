@@ -3,8 +3,14 @@
 Shape suffixes: B = images, N = patches, M = kept patches.
 """
 
+import math
+import random
+
 import torch
 from torch import Tensor
+
+BLOCK_ATTEMPTS = 10
+_LOG_ASPECT = math.log(1 / 0.3)
 
 
 def num_kept_patches(num_patches: int, mask_ratio: float) -> int:
@@ -52,3 +58,99 @@ def random_masking(noise_BN: Tensor, num_kept: int) -> tuple[Tensor, Tensor, Ten
     order_BN = torch.arange(noise_BN.shape[1], device=noise_BN.device).expand_as(shuffle_index_BN)
     restore_index_BN.scatter_(1, shuffle_index_BN, order_BN)
     return shuffle_index_BN[:, :num_kept], restore_index_BN, restore_index_BN >= num_kept
+
+
+def block_mask(
+    grid: tuple[int, int], target: float, min_area: float, max_area: float, generator: random.Random
+) -> Tensor:
+    """Hide rectangles until `target` patches are hidden, or none fits any more.
+
+    Bao et al. 2021 (arXiv 2106.08254), Algorithm 1, as iBOT's and DINOv2's code has it: a rectangle has an
+    area drawn from [min_area, min(what is missing, max_area)], a log-uniform aspect in [0.3, 1 / 0.3], and is
+    smaller than the grid on both sides; ten are tried before giving up.
+
+    Args:
+        grid: (rows, columns) of patches.
+        target: patches to hide, at most; need not be whole.
+        min_area: smallest area asked for; where less than it is missing, the bounds change places.
+        max_area: largest area, and most patches that one rectangle may add.
+        generator: of all random numbers.
+
+    Returns:
+        (rows, columns) bool, True = hidden.
+    """
+    mask = [[False] * grid[1] for _ in range(grid[0])]
+    count = 0
+    while count < target:
+        added = _hide_rectangle(mask, grid, min_area, min(target - count, max_area), generator)
+        if not added:
+            break
+        count += added
+    return torch.tensor(mask)
+
+
+def _hide_rectangle(
+    mask: list[list[bool]], grid: tuple[int, int], min_area: float, limit: float, generator: random.Random
+) -> int:
+    """Patches newly hidden by the first of ten rectangles that adds 1 to `limit` of them; 0: none did."""
+    for _ in range(BLOCK_ATTEMPTS):
+        area = generator.uniform(min_area, limit)
+        aspect = math.exp(generator.uniform(-_LOG_ASPECT, _LOG_ASPECT))
+        height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if height >= grid[0] or width >= grid[1]:
+            continue
+        top, left = generator.randint(0, grid[0] - height), generator.randint(0, grid[1] - width)
+        fresh = [
+            (row, column)
+            for row in range(top, top + height)
+            for column in range(left, left + width)
+            if not mask[row][column]
+        ]
+        if 0 < len(fresh) <= limit:
+            for row, column in fresh:
+                mask[row][column] = True
+            return len(fresh)
+    return 0
+
+
+def random_mask(grid: tuple[int, int], target: float, generator: random.Random) -> Tensor:
+    """Hide exactly int(target) patches, (rows, columns) bool."""
+    num_patches = grid[0] * grid[1]
+    mask = torch.zeros(num_patches, dtype=torch.bool)
+    mask[generator.sample(range(num_patches), int(target))] = True
+    return mask.view(grid)
+
+
+def generator_of_row(seed: int, step: int, row: int) -> random.Random:
+    """Random numbers of one image of a step: the same in every process, so that each draws its rows alone."""
+    return random.Random(f"{seed} {step} {row}")  # a text: sums of numbers would repeat across steps
+
+
+def stratified_counts(
+    num_views: int,
+    num_patches: int,
+    probability: float,
+    ratios: tuple[float, float],
+    generator: torch.Generator,
+) -> Tensor:
+    """How many patches to hide in each view of a step, by strata, so that a step has every ratio.
+
+    DINOv2's `collate.py`: of the views int(num_views * probability) get a mask; each has its own part of the
+    range of ratios, and the parts are dealt to the views at random.
+
+    Args:
+        num_views: all views of the step.
+        num_patches: of a view.
+        probability: share of masked views.
+        ratios: lowest and highest share of hidden patches.
+        generator: of (seed, step).
+
+    Returns:
+        (num_views,) int64; 0 for views without a mask.
+    """
+    num_masked = int(num_views * probability)
+    borders = torch.linspace(*ratios, num_masked + 1, dtype=torch.float64)
+    place = torch.rand(num_masked, generator=generator, dtype=torch.float64)
+    counts = torch.zeros(num_views, dtype=torch.int64)
+    counts[:num_masked] = (num_patches * (borders[:-1] + place * borders.diff())).long()
+    return counts[torch.randperm(num_views, generator=generator)]

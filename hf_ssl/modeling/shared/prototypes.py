@@ -156,10 +156,21 @@ class PrototypeTargets:
     def __len__(self) -> int:
         return len(self.bottleneck)
 
-    def rows(self, index: Tensor) -> "PrototypeTargets":
-        """The targets of the rows `index`, of any shape; flattened."""
+    def rows(self, index: Tensor, weights: PrototypeWeights | None = None) -> "PrototypeTargets":
+        """The targets of the rows `index`, of any shape; flattened.
+
+        Args:
+            index: of rows.
+            weights: the same prototypes, where the memory of the old ones may be gone; a sharded teacher has
+                whole weights only while it is used.
+        """
         index = index.flatten()
-        return replace(self, bottleneck=self.bottleneck[index], normalizer=self.normalizer[index])
+        return replace(
+            self,
+            bottleneck=self.bottleneck[index],
+            normalizer=self.normalizer[index],
+            weights=self.weights if weights is None else weights.detach(),
+        )
 
     def probabilities(self) -> Iterator[tuple[slice, Tensor]]:
         """Place and q (I, k) of one chunk of prototypes after the other."""
