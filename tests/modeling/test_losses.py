@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from hf_ssl.modeling.shared import losses
 from hf_ssl.modeling.shared.losses import (
     gram_loss,
     koleo_loss,
@@ -84,6 +85,27 @@ def test_two_view_loss_is_symmetric_and_ignores_the_order_of_pairs():
     order = torch.tensor([3, 0, 4, 1, 2])
     near(nt_xent_loss(first, second, 0.2), nt_xent_loss(second, first, 0.2))
     near(nt_xent_loss(first, second, 0.2), nt_xent_loss(first[order], second[order], 0.2))
+
+
+def plain_two_view_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
+    """Eq. 1 of the paper, with all similarities at once."""
+    views = F.normalize(torch.cat([first, second]), dim=-1)
+    logits = views @ views.T / temperature
+    logits = logits.masked_fill(torch.eye(len(views), dtype=torch.bool), float("-inf"))
+    other = torch.arange(len(views)).roll(len(first))
+    return F.cross_entropy(logits, other)
+
+
+@pytest.mark.parametrize("elements", [1, 60, 100, 2**20])  # anchors at a time: 1, 3, 5 and all 20
+def test_two_view_loss_and_gradients_do_not_depend_on_the_chunks(monkeypatch, elements):
+    monkeypatch.setattr(losses._CandidateCrossEntropy, "CHUNK_ELEMENTS", elements)
+    views = [normal(10, 4, seed=seed).requires_grad_() for seed in (1, 2)]
+    loss, plain = nt_xent_loss(*views, 0.1), plain_two_view_loss(*views, 0.1)
+    near(loss, plain)
+    for gradient, expected in zip(
+        torch.autograd.grad(3 * loss, views), torch.autograd.grad(3 * plain, views), strict=True
+    ):
+        near(gradient, expected)
 
 
 def test_temperature_divides_so_a_small_one_sharpens():

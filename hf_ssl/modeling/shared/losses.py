@@ -63,9 +63,48 @@ def nt_xent_loss(projection_1_BD: Tensor, projection_2_BD: Tensor, temperature: 
         own_B = torch.arange(num_rows, device=anchors.device) + rank() * num_rows
         itself = torch.cat([own_B, own_B + num_images])
         other_view = torch.cat([own_B + num_images, own_B])
-        # In place: at 4096 images every copy of this matrix is 256 MiB.
-        logits = (anchors @ candidates.T).div_(temperature).scatter_(1, itself[:, None], float("-inf"))
-        return F.cross_entropy(logits, other_view)
+        loss: Tensor = _CandidateCrossEntropy.apply(anchors, candidates, itself, other_view, temperature)
+        return loss
+
+
+class _CandidateCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of anchors among candidates, with its gradients, in chunks of anchors.
+
+    The similarities of all pairs are never there at once, and none is kept for backward: at 4096 images
+    each copy of them would take 256 MiB.
+    """
+
+    CHUNK_ELEMENTS = 2**23  # 32 MiB in float32; smaller ones are slower, larger ones not faster
+
+    @staticmethod
+    def forward(
+        ctx: Any, anchors: Tensor, candidates: Tensor, itself: Tensor, wanted: Tensor, temperature: float
+    ) -> Tensor:
+        total = anchors.new_zeros(())
+        needs_gradient = any(ctx.needs_input_grad[:2])
+        anchor_gradient, candidate_gradient = torch.zeros_like(anchors), torch.zeros_like(candidates)
+        size = max(_CandidateCrossEntropy.CHUNK_ELEMENTS // len(candidates), 1)
+        for first in range(0, len(anchors), size):
+            rows = slice(first, first + size)
+            logits = (anchors[rows] @ candidates.T).div_(temperature)
+            logits.scatter_(1, itself[rows, None], float("-inf"))
+            normalizer = logits.logsumexp(dim=1, keepdim=True)
+            total += (normalizer - logits.gather(1, wanted[rows, None])).sum()
+            if needs_gradient:
+                error = logits.sub_(normalizer).exp_()  # probabilities, less 1 for the wanted candidate
+                error.scatter_add_(1, wanted[rows, None], error.new_full((len(error), 1), -1.0))
+                anchor_gradient[rows] = error @ candidates
+                candidate_gradient.addmm_(error.T, anchors[rows])
+        ctx.save_for_backward(anchor_gradient, candidate_gradient)
+        ctx.scale = 1 / (temperature * len(anchors))
+        return total / len(anchors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        anchor_gradient, candidate_gradient = ctx.saved_tensors
+        scale = gradient * ctx.scale
+        return anchor_gradient * scale, candidate_gradient * scale, None, None, None
 
 
 class _QueueContrastiveLoss(torch.autograd.Function):
