@@ -2,10 +2,10 @@
 
     python benchmarks/prototypes.py [--prototypes 65536] [--images 16 64] [--local-views 8]
 
-Measured is the part behind the bottleneck vectors, forward and backward: weight normalisation, logits of student
-and teacher, centring, cross-entropy over all pairs of views, gradients of vectors and prototypes. The plain form
-holds all logits, as published code does. Times are CPU time of this process, or of the GPU where there is one;
-both forms take turns, ratios are those of medians.
+Measured is the part behind the bottleneck vectors, forward and backward: weight normalisation, logits of
+student and teacher, centring, cross-entropy over all pairs of views, gradients of vectors and prototypes. The
+plain form holds all logits, as published code does. Times are CPU time of this process, or of the GPU where
+there is one; both forms take turns, ratios are those of medians.
 """
 
 import argparse

@@ -131,13 +131,13 @@ def _continue_method(
 
     Learned positions of another grid are resized, so that a run can go on at another resolution.
     """
-    there, here = _learned_grid(start.config), _learned_grid(config)
-    if there is not None and here is not None and there != here:
+    old, new = _learned_grid(start.config), _learned_grid(config)
+    if old is not None and new is not None and old != new:
         as_there = copy.deepcopy(config)
         as_there.backbone_config.image_size = start.config.backbone_config.image_size
         source = _continue_method(model_class, start, as_there, allow_new_heads)
-        logger.info("start     positions resized from %d x %d to %d x %d", there, there, here, here)
-        return _with_another_grid(source, model_class(config), there, here)
+        logger.info("start     positions resized from %d x %d to %d x %d", old, old, new, new)
+        return _with_another_grid(source, model_class(config), old, new)
     model, info = start.location.load(
         model_class,
         start.subfolder,

@@ -70,7 +70,7 @@ class PatchBranch(Branch):
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """Patches (B, G, N, D) of the tokens (G * B, T, D) of joined views."""
-        patches = tokens[:, self.backbone.config.num_prefix_tokens :]  # type: ignore[union-attr, operator]
+        patches = tokens[:, self.backbone.config.num_prefix_tokens :]
         return patches.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
 
 
@@ -272,7 +272,7 @@ class PatchSelfDistillation(SelfDistillation):
             "center_norm": self.center.value.norm(),
             "feature_std": std_of_normalized(features_RD[:num_images]),
         }
-        loss = self.config.class_loss_weight * class_loss + self.config.patch_loss_weight * patch_loss  # type: ignore[attr-defined]
+        loss = self.config.class_loss_weight * class_loss + self.config.patch_loss_weight * patch_loss
         if anchor_pixel_values is None:
             anchor_pixel_values = pixel_values
         for name, weight, term in self.further_terms(features_RD, patches_BGND, anchor_pixel_values):
@@ -301,12 +301,12 @@ class PatchSelfDistillation(SelfDistillation):
     def expectations(self) -> dict[str, float]:
         """As without patches, and those added: a view without a mask has no patch loss."""
         values, config = super().expectations(), self.config
-        share = config.patch_loss_weight * self.masked_share_of_views()  # type: ignore[attr-defined]
+        share = config.patch_loss_weight * self.masked_share_of_views()
         log_k, spread = math.log(self.patch_center.value.numel()), self.patch_logit_spread()
-        values["loss_at_start"] = (
-            config.class_loss_weight * values["loss_at_start"] + share * (log_k + spread)  # type: ignore[attr-defined]
+        values["loss_at_start"] = config.class_loss_weight * values["loss_at_start"] + share * (
+            log_k + spread
         )
-        values["loss_of_uniform"] = config.class_loss_weight * values["loss_of_uniform"] + share * log_k  # type: ignore[attr-defined]
+        values["loss_of_uniform"] = config.class_loss_weight * values["loss_of_uniform"] + share * log_k
         return values
 
     def patch_logit_spread(self) -> float:
