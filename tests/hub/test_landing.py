@@ -34,7 +34,6 @@ CASES = {  # name: method, backbone, fields of the method's config
     "mae": ("mae", VIT, {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1}),
     "mocov3": ("mocov3", {**VIT, "layer_scale_value": 0.3}, {"projection_hidden_size": 16}),
     "dino": ("dino", VIT, {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8}),
-    "ibot": ("ibot", VIT, {"num_prototypes": 16, "head_hidden_size": 16, "head_bottleneck_size": 8}),
     "dinov2": (
         "dinov2",
         {**VIT, "layer_scale_value": 0.3, "num_register_tokens": 2, "interpolate_antialias": True},

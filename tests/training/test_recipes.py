@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from hf_ssl.evaluation.features import POOLS
 from hf_ssl.modeling import METHODS
 from hf_ssl.training.recipes import (
     RecipeError,
@@ -24,6 +25,7 @@ def test_every_recipe_builds_its_config_arguments_and_processor(name: str, tmp_p
     assert args.global_batch_size == recipe.training.get("global_batch_size", args.global_batch_size)
     processor = METHODS[recipe.method].processor_class.for_image_size(config.image_size, **recipe.processor)
     assert processor.views
+    assert set(recipe.data.probe_pools or []) <= set(POOLS)
     assert config.image_size == processor.views[0]["size"]
 
 
