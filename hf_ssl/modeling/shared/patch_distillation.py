@@ -70,7 +70,8 @@ class PatchBranch(Branch):
 
     def patch_tokens(self, tokens: Tensor) -> Tensor:
         """Patches (B, G, N, D) of the tokens (G * B, T, D) of joined views."""
-        patches = tokens[:, self.backbone.config.num_prefix_tokens :]
+        num_prefix_tokens = int(self.backbone.config.num_prefix_tokens)  # type: ignore[union-attr, arg-type]
+        patches = tokens[:, num_prefix_tokens:]
         return patches.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
 
 
