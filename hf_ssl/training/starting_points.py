@@ -132,7 +132,8 @@ def _continue_method(
     Learned positions of another grid are resized, so that a run can go on at another resolution.
     """
     old, new = _learned_grid(start.config), _learned_grid(config)
-    if old is not None and new is not None and old != new:
+    has_same_patches = _patch_size(start.config) == _patch_size(config)
+    if old is not None and new is not None and old != new and has_same_patches:
         as_there = copy.deepcopy(config)
         as_there.backbone_config.image_size = start.config.backbone_config.image_size
         source = _continue_method(model_class, start, as_there, allow_new_heads)
@@ -167,6 +168,11 @@ def _continue_method(
         )
     logger.warning("start     %s; afresh or left out, as allowed: %s", start.location, what)
     return model
+
+
+def _patch_size(config: Any) -> int | None:
+    """Pixels along a side of a patch; None of a CNN."""
+    return getattr(config.backbone_config, "patch_size", None)
 
 
 def _learned_grid(config: Any) -> int | None:

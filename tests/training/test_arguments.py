@@ -45,7 +45,7 @@ def test_batch_of_a_device_shrinks_to_a_smaller_global_batch():
         ),
         ({"global_batch_size": 0}, "global_batch_size must be at least 1, got 0"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
-        ({"clip_mode": "local"}, "clip_mode must be one of global, per_tensor, got 'local'"),
+        ({"clip_mode": "local"}, "clip_mode must be one of global, per_tensor, per_module, got 'local'"),
         ({"optimizer": "adam"}, "optimizer must be one of .*adamw.*, got 'adam'"),
         ({"learning_rate_schedule": "linear"}, "learning_rate_schedule must be one of cosine"),
         ({"cached_batch_norm": "yes"}, "cached_batch_norm must be one of refuse, ghost, got 'yes'"),

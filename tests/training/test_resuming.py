@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from transformers import Trainer
 
 from hf_ssl.training.checkpoints import PARTIAL_FOLDER, CheckpointError
+from hf_ssl.training.publishing import PublishingTrainer
 from hf_ssl.training.trainer import SSLTrainer
 from tests.distributed import run_processes
 from tests.training.test_trainer import assert_equal_states, state_of
@@ -265,7 +266,7 @@ def test_checkpoint_is_pushed_when_it_has_its_name(
     def push(self: Any, folder: str) -> None:
         pushed.append((folder, (Path(folder) / "checkpoint.json").is_file()))
 
-    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(PublishingTrainer, "_push_from_checkpoint", push)
     trainer = make_trainer(**SAVES)
     trainer.args.push_to_hub = True
     trainer.train()
