@@ -159,8 +159,8 @@ def report_lines(results: list[dict[str, Any]]) -> list[str]:
         *table([*head, "time to plain", "loss of step 1"], rows),
         "",
         f"Base: {base:.0f} MiB, the same process with {SMALLEST} images. What still grows with the batch "
-        "under caching: bytes, features, and the similarities of all pairs and their gradient, 256 MiB "
-        "each at 4096 images. Seconds are processor time, which load from elsewhere slows.",
+        "under caching: the bytes and features of the images, and the gradients of the features. "
+        "Seconds are processor time, which load from elsewhere slows.",
     ]
 
 

@@ -150,8 +150,8 @@ def _reading(results: list[Result]) -> list[str]:
         "initial weights of the CNN, strengths of the views. Each side's own: initial weights of heads and "
         "ViT, code of views, loss, queue, masks and attention.",
         "- The recipes' settings (about 15 tried for the contrastive methods, 2 for MAE) were compared on "
-        "this test split with one seed, their later doubling of the contrastive steps was not; so our rows are "
-        "slightly optimistic. lightly's sides took the same settings.",
+        "this test split with one seed, their later doubling of the contrastive steps was not; so our rows "
+        "are slightly optimistic. lightly's sides took the same settings.",
         "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
         "views, forward, backward, update). Load from elsewhere still slows them through shared caches: "
         "trust the ratio, whose sides ran side by side, more than the figures.",
