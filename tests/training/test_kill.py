@@ -110,7 +110,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 8)])
+@pytest.mark.parametrize(("processes", "kills"), [(1, 20), (2, 20)])
 def test_kills_at_random_moments_change_nothing(tmp_path: Path, processes: int, kills: int):
     kills = int(os.environ.get("HF_SSL_KILLS", kills))
     report = run_driver(tmp_path, kills, processes, max_steps=60, seed=processes)
