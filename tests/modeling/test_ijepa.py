@@ -329,10 +329,10 @@ def test_expected_losses_are_those_of_normal_targets():
     """0.425 for a guess of zero; the mean over many random numbers."""
     expected = IJEPAForPreTraining(authors_config(predictor_hidden_size=384)).expectations()
     normal = torch.randn(2_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for key, std in (("loss_of_constant", 1.0), ("loss_at_start", math.sqrt(1 + 384 * 4e-4))):
+    for key, std in (("loss_of_zero", 1.0), ("loss_at_start", math.sqrt(1 + 384 * 4e-4))):
         mean = torch.nn.functional.smooth_l1_loss(std * normal, torch.zeros_like(normal))
         assert expected[key] == pytest.approx(mean.item(), rel=3e-3)
-    assert IJEPAForPreTraining(authors_config(loss="l2")).expectations()["loss_of_constant"] == 1
+    assert IJEPAForPreTraining(authors_config(loss="l2")).expectations()["loss_of_zero"] == 1
 
 
 def test_loss_of_a_fresh_model_lies_between_normal_targets_and_half_the_variance():

@@ -248,14 +248,14 @@ class IJEPAForPreTraining(SSLForPreTraining):
         }
 
     def expectations(self) -> dict[str, float]:
-        """Loss at the start and of a constant guess, for targets that are normal with variance 1.
+        """Loss at the start and of a guess of zero, for targets that are normal with variance 1.
 
         Those of a fresh teacher are mostly positions, less spread: smooth-L1 starts up to an eighth higher.
         """
         # A fresh predictor's last Linear reads normed tokens with weights of deviation 0.02.
         spread = math.sqrt(1 + self.config.predictor_hidden_size * 0.02**2)
         mean_loss = {"smooth_l1": _smooth_l1_of_normal, "l2": lambda std: std**2}[self.config.loss]
-        return {"loss_at_start": mean_loss(spread), "loss_of_constant": mean_loss(1.0)}
+        return {"loss_at_start": mean_loss(spread), "loss_of_zero": mean_loss(1.0)}
 
 
 def _smooth_l1_of_normal(std: float) -> float:
