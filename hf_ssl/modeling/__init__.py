@@ -129,6 +129,16 @@ METHODS = {
             "Vasu Sharma and Gabriel Synnaeve and Hu Xu and Hervé Jegou and Julien Mairal and "
             "Patrick Labatut and Armand Joulin and Piotr Bojanowski",
         ),
+        Method(
+            "ijepa",
+            "IJEPA",
+            "joint-embedding prediction",
+            "2301.08243",
+            "from one block of an image, predict a momentum teacher's tokens of other blocks",
+            "Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture",
+            "Mahmoud Assran and Quentin Duval and Ishan Misra and Piotr Bojanowski and Pascal Vincent and "
+            "Michael Rabbat and Yann LeCun and Nicolas Ballas",
+        ),
     )
 }
 

@@ -194,6 +194,34 @@ def test_mae_encoder_in_vit_model_matches_the_authors_code(golden, tmp_path):
     assert_close(tokens, case["model.full_tokens"].float(), rtol=0, atol=TOLERANCE)
 
 
+def test_ijepa_encoder_in_its_native_model_matches_the_authors_target_encoder(golden, tmp_path):
+    """And is the teacher's, at other sizes too; there is no pooled output that could be random."""
+    case = golden("ijepa")
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 24}
+    backbone = {**METHODS["ijepa"].config_class.default_backbone, **size, "patch_size": 4}
+    config = METHODS["ijepa"].config_class(backbone_config=backbone, predictor_hidden_size=8)
+    model = METHODS["ijepa"].pretraining_class(config)
+    weights = {name.removeprefix("tgt.sd."): value for name, value in case.items() if "tgt.sd." in name}
+    weights["pos_embed"] = case["enc.sd.pos_embed"]
+    model.teacher.backbone.load_state_dict(authors_vit(weights))
+    model.save_pretrained(tmp_path / "run")
+    encoder = transformers.AutoModel.from_pretrained(tmp_path / "run")
+    report = export_encoder(encoder, tmp_path / "ijepa")
+    native = transformers.AutoModel.from_pretrained(tmp_path / "ijepa").eval()
+    assert type(native).__name__ == "IJepaModel" and report.max_abs_difference < 1e-6
+    outputs = native(case["fwd.img"].float())
+    assert_close(outputs.last_hidden_state, case["fwd.target_full"].float(), rtol=0, atol=TOLERANCE)
+    assert outputs.pooler_output is None
+    pixels = torch.rand(2, 3, 32, 16)
+    resized = native(pixels, interpolate_pos_encoding=True).last_hidden_state
+    assert_close(resized, encoder(pixels).last_hidden_state, rtol=0, atol=TOLERANCE)
+    pipe = transformers.pipeline("image-feature-extraction", model=str(tmp_path / "ijepa"))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 24, 3), dtype=np.uint8))
+    inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ijepa")(image, return_tensors="pt")
+    tokens = encoder(**inputs).last_hidden_state
+    assert_close(torch.tensor(pipe(image)), tokens, rtol=0, atol=TOLERANCE)
+
+
 def authors_vit(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters of a one-block ViT under our names."""
     names = {

@@ -36,6 +36,12 @@ TINY_PROTOTYPES = {
     "teacher_temperature_warmup": 0,
 }
 TINY_MOCO_V3_HEADS = {"projection_size": 8, "projection_hidden_size": 16}
+TINY_PREDICTOR = {
+    "predictor_hidden_size": 8,
+    "predictor_num_hidden_layers": 1,
+    "min_context_patches": 2,
+    "target_scale": [0.2, 0.4],
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,11 @@ class TinyMethod:
     def has_teacher(self) -> bool:
         """Whether the method keeps a momentum copy of the student."""
         return self.method not in ("simclr", "mae")
+
+    @property
+    def teacher_has_head(self) -> bool:
+        """Whether the copy has the student's head too."""
+        return self.has_teacher and self.method != "ijepa"
 
     @property
     def published(self) -> str:
@@ -190,11 +201,20 @@ TINY_METHODS = [
             "patch_bottleneck_size": 4,
         },
     ),
+    TinyMethod("ijepa", "ijepa", TINY_VIT, TINY_PREDICTOR, num_views=0),
+    TinyMethod(
+        "ijepa-random-l2",
+        "ijepa",
+        TINY_VIT,
+        {**TINY_PREDICTOR, "loss": "l2", "truncation": "random", "reach_last_row": True, "num_targets": 2},
+        num_views=0,
+    ),
 ]
 BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
 ONE_OF_EACH = [
-    BY_NAME[name] for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit", "ibot", "dinov2")
+    BY_NAME[name]
+    for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit", "ibot", "dinov2", "ijepa")
 ]
 
 

@@ -52,6 +52,7 @@ def test_a_saved_recipe_means_the_same(name: str, tmp_path: Path):
         ("mocov3_resnet50", 9.6, False),
         ("mae", 2.4e-3, False),
         ("dino", 2e-3, False),
+        ("ijepa", 1e-3, False),
     ],
 )
 def test_published_recipes_have_the_published_rate_and_groups(

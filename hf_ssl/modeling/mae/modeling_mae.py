@@ -11,18 +11,15 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from hf_ssl.modeling.shared.backbone import build_backbone
-from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.distributed import world_size
 from hf_ssl.modeling.shared.losses import masked_patch_loss
 from hf_ssl.modeling.shared.masks import num_kept_patches, random_masking
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.patches import normalize_patches, patchify
-from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from hf_ssl.modeling.shared.patches import normalize_patches, patch_grid, patchify
+from hf_ssl.modeling.shared.predictor import PatchPredictor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, generator_of_step
-from hf_ssl.modeling.shared.vit import SSLViTLayers, set_vit_initialization
 
 from .configuration_mae import MAEConfig
 
@@ -33,44 +30,22 @@ class MAEModel(SSLModel):
     config_class = MAEConfig
 
 
-class MAEDecoder(nn.Module):
-    """Light transformer that fills mask tokens into the hidden places and predicts pixels."""
+class MAEDecoder(PatchPredictor):
+    """Light transformer that fills mask tokens into the hidden places and predicts pixels.
+
+    Prefix tokens get no position, as the authors' class token gets zeros.
+    """
 
     def __init__(self, config: MAEConfig) -> None:
-        super().__init__()
         encoder = config.encoder_config
-        width = config.decoder_hidden_size
-        self.grid_size = encoder.grid_size
+        super().__init__(
+            encoder,
+            config.decoder_hidden_size,
+            config.decoder_num_hidden_layers,
+            config.decoder_num_attention_heads,
+            output_size=encoder.num_channels * encoder.patch_size**2,
+        )
         self.num_prefix_tokens = encoder.num_prefix_tokens
-        self.config = SSLViTConfig(
-            hidden_size=width,
-            num_hidden_layers=config.decoder_num_hidden_layers,
-            num_attention_heads=config.decoder_num_attention_heads,
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            layer_norm_eps=encoder.layer_norm_eps,
-            weight_initialization=encoder.weight_initialization,
-        )
-        self.embed = nn.Linear(encoder.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.position_embeddings = nn.Parameter(torch.empty(1, self.grid_size**2, width))
-        self.layers = SSLViTLayers(self.config)
-        self.layernorm = nn.LayerNorm(width, eps=encoder.layer_norm_eps)
-        self.predict = nn.Linear(width, encoder.num_channels * encoder.patch_size**2)
-        set_vit_initialization(self, self.config)
-
-    @property
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        """The fixed positions."""
-        return [self.position_embeddings]
-
-    def initialize_parameters(self) -> None:
-        """Mask token and positions; prefix tokens get none, as the authors' class token gets zeros."""
-        init.normal_(self.mask_token, std=0.02)
-        table = sincos_positions(
-            self.config.hidden_size, self.grid_size, self.grid_size, first="column", class_token=False
-        )
-        init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
 
     def forward(self, tokens_BTD: Tensor, restore_index_BN: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predict all patches.
@@ -90,9 +65,7 @@ class MAEDecoder(nn.Module):
         num_hidden = restore_index_BN.shape[1] - visible.shape[1]
         hidden = self.mask_token.to(visible.dtype).expand(len(visible), num_hidden, -1)
         index = restore_index_BN.unsqueeze(-1).expand(-1, -1, visible.shape[-1])
-        trained = (self.grid_size, self.grid_size)
-        positions_1NE = resize_positions(self.position_embeddings, trained, grid, has_class_token=False)
-        patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + positions_1NE
+        patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + self.positions(grid)
         states, _ = self.layers.run(torch.cat([prefix, patches_BNE], dim=1))
         return self.predict(self.layernorm(states[-1])[:, self.num_prefix_tokens :])
 
@@ -133,8 +106,7 @@ class MAEForPreTraining(SSLForPreTraining):
         self._noise_of_step = noise.to(pixel_values.device)
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        patch_size = self.config.encoder_config.patch_size
-        return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+        return patch_grid(pixel_values, self.config.encoder_config.patch_size)
 
     def forward(
         self,

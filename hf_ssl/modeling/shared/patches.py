@@ -13,6 +13,11 @@ from torch import Tensor
 from hf_ssl.modeling.shared.losses import full_precision
 
 
+def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
+    """(rows, columns) of patches of images (..., H, W)."""
+    return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+
+
 def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
     height, width = pixel_values_BCHW.shape[2:]
     if height % patch_size or width % patch_size:

@@ -1,0 +1,67 @@
+"""A narrow transformer that fills mask tokens into hidden places: MAE's decoder, I-JEPA's predictor.
+
+Shape suffixes: N = patches, E = width of the predictor.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from hf_ssl.modeling.shared.vit import SSLViTLayers, set_vit_initialization
+
+
+class PatchPredictor(nn.Module):
+    """The parts of a predictor; a subclass puts them together in `forward`.
+
+    Args:
+        encoder: whose tokens are read; image, patch, norm epsilon and initialisation are taken from it.
+        hidden_size: width, a multiple of 4 and of `num_attention_heads`.
+        num_hidden_layers: blocks.
+        num_attention_heads: of every block.
+        output_size: values predicted for a patch.
+    """
+
+    def __init__(
+        self,
+        encoder: SSLViTConfig,
+        hidden_size: int,
+        num_hidden_layers: int,
+        num_attention_heads: int,
+        output_size: int,
+    ) -> None:
+        super().__init__()
+        self.config = SSLViTConfig(
+            hidden_size=hidden_size,
+            num_hidden_layers=num_hidden_layers,
+            num_attention_heads=num_attention_heads,
+            image_size=encoder.image_size,
+            patch_size=encoder.patch_size,
+            layer_norm_eps=encoder.layer_norm_eps,
+            weight_initialization=encoder.weight_initialization,
+        )
+        self.embed = nn.Linear(encoder.hidden_size, hidden_size)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.position_embeddings = nn.Parameter(torch.empty(1, self.config.grid_size**2, hidden_size))
+        self.layers = SSLViTLayers(self.config)
+        self.layernorm = nn.LayerNorm(hidden_size, eps=encoder.layer_norm_eps)
+        self.predict = nn.Linear(hidden_size, output_size)
+        set_vit_initialization(self, self.config)
+
+    @property
+    def frozen_parameters(self) -> list[nn.Parameter]:
+        """The fixed positions."""
+        return [self.position_embeddings]
+
+    def initialize_parameters(self) -> None:
+        """Mask token and positions."""
+        init.normal_(self.mask_token, std=0.02)
+        side = self.config.grid_size
+        table = sincos_positions(self.config.hidden_size, side, side, first="column", class_token=False)
+        init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Positions (1, N, E) of a grid of (rows, columns), resized where it is not the training grid."""
+        trained = (self.config.grid_size, self.config.grid_size)
+        return resize_positions(self.position_embeddings, trained, grid, has_class_token=False)
