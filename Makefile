@@ -8,14 +8,15 @@ DEV_STAMP := $(VENV)/.installed-dev
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check bench docs clean
+.PHONY: help demo test test-slow check bench quality docs clean
 
 help:
 	@echo "make demo       pre-train SimCLR on the built-in sample for a few minutes and show what it learned"
 	@echo "make test       all tests but the slow ones (under 10 minutes on 2 cores)"
 	@echo "make test-slow  all tests"
 	@echo "make check      ruff and mypy"
-	@echo "make bench      quality and speed beside the peers (benchmarks/quality.py)"
+	@echo "make bench      speed beside the peers, under 30 minutes (benchmarks/results.md)"
+	@echo "make quality    what is learned, beside lightly, over an hour (benchmarks/results/quality.md)"
 	@echo "make docs       draw the pictures in docs/ again"
 	@echo "make clean      remove .venv and caches"
 
@@ -47,6 +48,10 @@ check: $(DEV_STAMP)
 	$(BIN)/mypy
 
 bench: $(TEST_STAMP)
+	$(BIN)/python -m pip install --quiet -e ".[benchmark]"
+	$(BIN)/python benchmarks/speed.py
+
+quality: $(TEST_STAMP)
 	$(BIN)/python -m pip install --quiet -e ".[benchmark]"
 	$(BIN)/python benchmarks/quality.py
 

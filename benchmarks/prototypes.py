@@ -12,18 +12,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from interleaved import peak_memory
 from torch import Tensor
 
 from hf_ssl.modeling.shared.centering import PrototypeCenter, centered_targets
 from hf_ssl.modeling.shared.prototypes import PrototypeWeights, mean_of_other_views, view_cross_entropies
 
 STUDENT_TEMPERATURE, TEACHER_TEMPERATURE = 0.1, 0.04
-STATUS = Path("/proc/self/status")
-MEBIBYTE = 2**20
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor, PrototypeCenter], Tensor]
 
@@ -51,24 +49,6 @@ def plain(student: Tensor, teacher: Tensor, weight: Tensor, other: Tensor, cente
                 total = total - (target * view.log_softmax(-1)).sum(-1).mean()
                 num_pairs += 1
     return total / num_pairs
-
-
-def peak_memory(run: Callable[[], object]) -> float:
-    """MiB that `run` takes above what is there before."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / MEBIBYTE
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _kibibytes("VmRSS")
-    run()
-    return (_kibibytes("VmHWM") - before) / 1024
-
-
-def _kibibytes(name: str) -> int:
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1])
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -1,15 +1,19 @@
 """What the reports of the small benchmarks begin with, and how they are written."""
 
+import contextlib
 import json
 from datetime import datetime, timezone
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from quality import ROOT, describe_machine, git_commit
 
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "timm")
+PACKAGES = (
+    "torch torchvision transformers accelerate timm datasets pillow numpy lightly albumentations kornia "
+    "opencv-python-headless numba simplejpeg faiss-cpu scikit-learn"
+).split()
 
 
 def write_report(title: str, script: str, body: list[str], data: dict[str, Any], output: Path) -> str:
@@ -25,7 +29,7 @@ def write_report(title: str, script: str, body: list[str], data: dict[str, Any],
     Returns:
         The Markdown.
     """
-    machine, versions = describe_machine(), {package: version(package) for package in PACKAGES}
+    machine, versions = describe_machine(), installed_versions()
     facts = {
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "commit": git_commit(),
@@ -46,6 +50,15 @@ def write_report(title: str, script: str, body: list[str], data: dict[str, Any],
     output.write_text(text, encoding="utf-8")
     output.with_suffix(".json").write_text(json.dumps(facts | data, indent=1) + "\n", encoding="utf-8")
     return text
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that are there, peers included."""
+    versions = {}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
