@@ -26,8 +26,8 @@ from quality_report import write_report
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hf_ssl" / "training" / "recipes"
 DATA = str(ROOT.parent / "shared" / "data" / "cifar10")
-METHODS = ("simclr", "moco", "mocov3", "mae")
-COMPARED = ("simclr", "moco", "mae")  # also trained with lightly
+METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2")
+COMPARED = ("simclr", "moco", "mae", "dino", "ibot")  # also trained with lightly
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightly", "datasets", "scikit-learn", "pillow")
 EVALUATION = ["hf_ssl/evaluation", "hf_ssl/data", "hf_ssl/modeling", "benchmarks/quality_jobs.py"]
 CODE = {  # whose change makes a kept result worthless
@@ -37,6 +37,8 @@ CODE = {  # whose change makes a kept result worthless
         "hf_ssl/modeling/shared/backbone.py",
         "benchmarks/quality_jobs.py",
         "benchmarks/quality_lightly.py",
+        "benchmarks/quality_lightly_methods.py",
+        "benchmarks/quality_lightly_distillation.py",
     ],
     "pixels": ["hf_ssl/evaluation"],
 }
