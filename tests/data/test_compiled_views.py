@@ -5,14 +5,14 @@ import pytest
 import torch
 from PIL import Image
 
-numba = pytest.importorskip("numba", reason="comes with the extra `fast`")
+pytest.importorskip("numba", reason="comes with the extra `fast`")
 
-from hf_ssl.data.compiled_draws import compile_recipe, draw_views, fill_uniforms
-from hf_ssl.data.compiled_pixels import STEP_CODES, compiled, make_planes, resize_crops, run_steps
-from hf_ssl.data.pixels import OPERATIONS, crop_and_resize
-from hf_ssl.data.view_recipe import parse_recipe
-from hf_ssl.data.views import Step, ViewMaker
-from hf_ssl.modeling import METHODS
+from hf_ssl.data.compiled_draws import compile_recipe, draw_views, fill_uniforms  # noqa: E402
+from hf_ssl.data.compiled_pixels import STEP_CODES, compiled, make_planes, resize_crops, run_steps  # noqa: E402
+from hf_ssl.data.pixels import OPERATIONS, crop_and_resize  # noqa: E402
+from hf_ssl.data.view_recipe import parse_recipe  # noqa: E402
+from hf_ssl.data.views import Step, ViewMaker  # noqa: E402
+from hf_ssl.modeling import METHODS  # noqa: E402
 
 VALUES = {
     "brightness": [0.0, 0.2, 0.6, 1.0, 1.37, 2.0],
@@ -158,6 +158,8 @@ def test_code_is_compiled_also_where_it_cannot_be_kept(monkeypatch):
         if cache:
             raise RuntimeError("cannot cache function: no locator available")  # as numba says it
         return original(**options)
+
+    import numba
 
     original = numba.njit
     monkeypatch.setattr(numba, "njit", njit)
