@@ -82,7 +82,7 @@ def choose_bf16(arguments: argparse.Namespace) -> bool:
         return bool(arguments.bf16 == "yes")
     kept = arguments.work / "bf16.json"
     if not kept.is_file():
-        code = "from hf_ssl.training.recipes import has_fast_bf16; print(int(has_fast_bf16()))"
+        code = "from hf_ssl.modeling.shared.precision import has_fast_bf16; print(int(has_fast_bf16()))"
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=job_environment(), stdout=subprocess.PIPE, text=True, check=True)
         kept.write_text(json.dumps(done.stdout.strip() == "1"), encoding="utf-8")

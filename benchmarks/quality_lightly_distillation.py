@@ -12,11 +12,8 @@ from lightly.models import utils
 from lightly.models.modules.heads import DINOProjectionHead
 from lightly.transforms.dino_transform import DINOViewTransform
 from lightly.utils.scheduler import cosine_schedule
-from quality_lightly_methods import Method, TokenEncoder, masked_vit
+from quality_lightly_methods import Backbone, Method
 from torch import Tensor, nn
-
-from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
-from hf_ssl.modeling.shared.configuration import SSLTimmConfig
 
 NUM_GLOBAL_VIEWS = 2
 
@@ -52,26 +49,14 @@ class Branch(nn.Module):
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        backbone = config.backbone_config
-        if isinstance(backbone, SSLTimmConfig):
-            self.backbone: nn.Module = SSLTimmBackbone(backbone)
-            width = self.backbone.hidden_size
-        else:
-            self.backbone = masked_vit(backbone, dynamic_img_size=True)
-            width = backbone.hidden_size
+        self.backbone = Backbone(config.backbone_config)
         self.head = DINOProjectionHead(
-            width,
+            self.backbone.hidden_size,
             config.head_hidden_size,
             config.head_bottleneck_size,
             config.num_prototypes,
             batch_norm=config.normalize_head,
         )
-
-    def pooled(self, pixel_values: Tensor) -> Tensor:
-        """Pooled features (B, D)."""
-        if isinstance(self.backbone, SSLTimmBackbone):
-            return self.backbone(pixel_values).pooler_output
-        return self.backbone(pixel_values)
 
     def logits(self, features: Tensor) -> Tensor:
         """Logits of prototypes (B, K)."""
@@ -98,8 +83,7 @@ class DINO(Method):
     @property
     def encoder(self) -> nn.Module:
         """What is evaluated: the teacher, as with ours."""
-        backbone = self.teacher.backbone
-        return backbone if isinstance(backbone, SSLTimmBackbone) else TokenEncoder(backbone)
+        return self.teacher.backbone.encoder
 
     def move_teacher(self, step: int, total_steps: int) -> None:
         """At a momentum on half a cosine."""
@@ -113,9 +97,9 @@ class DINO(Method):
         with autocast():
             with torch.no_grad():
                 targets = [
-                    self.teacher.logits(self.teacher.pooled(view)) for view in views[:NUM_GLOBAL_VIEWS]
+                    self.teacher.logits(self.teacher.backbone(view)) for view in views[:NUM_GLOBAL_VIEWS]
                 ]
-            features = [self.student.pooled(view) for view in views]
+            features = [self.student.backbone(view) for view in views]
             logits = [self.student.logits(feature) for feature in features]
         return self.class_loss(targets, logits, features)
 
@@ -145,7 +129,7 @@ class iBOT(DINO):  # noqa: N801  (the paper's spelling)
     def loss(self, views: list[Tensor], autocast: Callable[[], Any]) -> Tensor:
         """Loss of a batch; of each pair of entries of `mask_ratios`, half of the views are whole."""
         global_views, local_views = torch.cat(views[:NUM_GLOBAL_VIEWS]), views[NUM_GLOBAL_VIEWS:]
-        side = self.student.backbone.vit.patch_embed.grid_size[0]
+        side = self.student.backbone.network.vit.patch_embed.grid_size[0]
         highest = max(
             ratio + spread
             for ratio, spread in zip(self.config.mask_ratios, self.config.mask_ratio_spreads, strict=True)
@@ -154,10 +138,10 @@ class iBOT(DINO):  # noqa: N801  (the paper's spelling)
         mask_BN = nn.functional.pad(mask_BHW.flatten(1), (1, 0))  # the class token is never hidden
         with autocast():
             with torch.no_grad():
-                seen = self.teacher.backbone.encode(global_views)
+                seen = self.teacher.backbone.network.encode(global_views)
                 targets, patch_targets = self.teacher.logits(seen[:, 0]), self.teacher.logits(seen[mask_BN])
-            tokens = self.student.backbone.encode(global_views, mask=mask_BN)
-            features = [*tokens[:, 0].chunk(NUM_GLOBAL_VIEWS), *map(self.student.pooled, local_views)]
+            tokens = self.student.backbone.network.encode(global_views, mask=mask_BN)
+            features = [*tokens[:, 0].chunk(NUM_GLOBAL_VIEWS), *map(self.student.backbone, local_views)]
             logits = [self.student.logits(feature) for feature in features]
             patch_logits = self.student.logits(tokens[mask_BN])
         class_loss = self.class_loss(list(targets.chunk(NUM_GLOBAL_VIEWS)), logits, features)

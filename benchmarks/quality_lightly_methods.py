@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
+from hf_ssl.modeling.shared.configuration import SSLTimmConfig
 
 
 class Method(nn.Module):
@@ -42,12 +43,36 @@ def masked_vit(config: Any, **options: Any) -> MaskedVisionTransformerTIMM:
     return MaskedVisionTransformerTIMM(vit)
 
 
+class Backbone(nn.Module):
+    """Pooled features (B, D) of a CNN, the same module as ours, or of lightly's ViT of the same sizes."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        if isinstance(config, SSLTimmConfig):
+            self.network: nn.Module = SSLTimmBackbone(config)
+            self.hidden_size = self.network.hidden_size
+        else:
+            self.network = masked_vit(config, dynamic_img_size=True)
+            self.hidden_size = config.hidden_size
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Mean of the last map, or the class token."""
+        if isinstance(self.network, SSLTimmBackbone):
+            return self.network(pixel_values).pooler_output
+        return self.network(pixel_values)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """What is evaluated."""
+        return self.network if isinstance(self.network, SSLTimmBackbone) else TokenEncoder(self.network)
+
+
 class SimCLR(Method):
     """Backbone, SimCLR head, NT-Xent without memory bank."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
-        self.backbone = SSLTimmBackbone(config.backbone_config)
+        self.backbone = Backbone(config.backbone_config)
         width = self.backbone.hidden_size
         self.projection_head = SimCLRProjectionHead(
             width,
@@ -61,11 +86,11 @@ class SimCLR(Method):
     @property
     def encoder(self) -> nn.Module:
         """What is evaluated."""
-        return self.backbone
+        return self.backbone.encoder
 
     def project(self, pixel_values: Tensor) -> Tensor:
         """Projections (B, d)."""
-        return self.projection_head(self.backbone(pixel_values).pooler_output.flatten(start_dim=1))
+        return self.projection_head(self.backbone(pixel_values))
 
     def loss(self, views: list[Tensor], autocast: Callable[[], Any]) -> Tensor:
         """Loss of a batch."""
@@ -80,7 +105,7 @@ class MoCo(Method):
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.momentum = config.teacher_momentum
-        self.backbone = SSLTimmBackbone(config.backbone_config)
+        self.backbone = Backbone(config.backbone_config)
         width = self.backbone.hidden_size
         self.projection_head = MoCoProjectionHead(
             width, width, config.projection_size, batch_norm=config.normalize_projection
@@ -96,7 +121,7 @@ class MoCo(Method):
     @property
     def encoder(self) -> nn.Module:
         """What is evaluated."""
-        return self.backbone
+        return self.backbone.encoder
 
     def move_teacher(self, step: int, total_steps: int) -> None:
         """The momentum copies, at one momentum."""
@@ -106,10 +131,9 @@ class MoCo(Method):
     def loss(self, views: list[Tensor], autocast: Callable[[], Any]) -> Tensor:
         """Loss of a batch."""
         with autocast():
-            query = self.projection_head(self.backbone(views[0]).pooler_output.flatten(start_dim=1))
+            query = self.projection_head(self.backbone(views[0]))
             with torch.no_grad():
-                features = self.backbone_momentum(views[1]).pooler_output.flatten(start_dim=1)
-                key = self.projection_head_momentum(features)
+                key = self.projection_head_momentum(self.backbone_momentum(views[1]))
         return self.criterion(query.float(), key.float())
 
 

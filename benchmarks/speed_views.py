@@ -34,10 +34,10 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.training.micro_batches import normalize_bytes
 
 SETTING = (
-    "One core; from encoded images (24 photographs of 500 x 375, quality 95; 256 arrays of CIFAR-10) to batches "
-    "of normalised float32. All sides get the same images and the same recipe: crops, flips, strengths and "
-    "probabilities. Not the same: albumentations resizes without an antialiasing filter, lightly blurs with "
-    "Pillow's box filters, torchvision and kornia with a kernel of a tenth of the side."
+    "One core; from encoded images (24 photographs of 500 x 375, quality 95; 256 arrays of CIFAR-10) to "
+    "batches of normalised float32. All sides get the same images and the same recipe: crops, flips, "
+    "strengths and probabilities. Not the same: albumentations resizes without an antialiasing filter, "
+    "lightly blurs with Pillow's box filters, torchvision and kornia with a kernel of a tenth of the side."
 )
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SETTINGS = {  # name: method, size, images from
