@@ -39,7 +39,7 @@ def embed(
     quiet_libraries()
     source = open_images(dataset, split=split, config_name=config_name, image_column=image_column)
     encoder, processor = pulled(model, lambda: load_encoder(model))
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     path = write_embeddings(
         encoder,
         processor,

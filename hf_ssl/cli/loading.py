@@ -19,7 +19,7 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     if location.is_folder and location.file("config.json") is None:
         raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # weights that the checkpoint lacks, such as a pooler's, are the same in every call
+        torch.manual_seed(0)  # what the checkpoint lacks, such as a pooler, is the same in every call
         return location.load(AutoModel).eval(), location.load(AutoImageProcessor)
 
 
