@@ -1,6 +1,6 @@
 """Whole training runs beside lightly's loop with the same recipe, and the time to an equal score.
 
-    python benchmarks/speed_end_to_end.py [--data ../shared/data] [--steps 120] [--race-steps 400]
+    python benchmarks/speed_end_to_end.py [--data ../shared/data] [--steps 100] [--race-steps 300]
 
 SimCLR with the recipe `simclr_small` on CIFAR-10: same images, network, batch, steps, optimizer, schedule and
 bf16 autocast where it is fast. Each run is a process of its own.
@@ -184,8 +184,8 @@ def main() -> None:
     """Run everything and write the report, or be one side."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--race-steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--race-steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--whole", help=argparse.SUPPRESS)  # a whole run of lightly on these images
     parser.add_argument("--workers", type=int, default=0, help=argparse.SUPPRESS)
@@ -206,7 +206,7 @@ def main() -> None:
         two_cores = whole_runs(
             images,
             options.steps,
-            {"lightly, 2 workers": (2, 1), "ours, 1 worker": (1, 1), "ours, no worker": (0, 2)},
+            {"lightly, 2 workers": (2, 1), "ours, 1 worker": (1, 1)},
             options.rounds,
             clock=1,
         )
@@ -245,11 +245,10 @@ def main() -> None:
         "",
         *table(["", "steps", "processor s", "best kNN"], rows),
     ]
-    best = max(("ours, 1 worker", "ours, no worker"), key=lambda name: two_cores[name].speedup)
-    fastest = two_cores[best]
+    both_cores = two_cores["ours, 1 worker"]
     gates = [
         Gate("whole run, one core", "lightly", one_core["ours"].speedup, 1.0, one_core["ours"].spread),
-        Gate(f"whole run, two cores ({best})", "lightly", fastest.speedup, 1.0, fastest.spread),
+        Gate("whole run, two cores", "lightly", both_cores.speedup, 1.0, both_cores.spread),
         Gate(f"time to kNN {100 * bar:.0f} %", "lightly", reached["lightly"][1] / reached["ours"][1], 1.0),
     ]
     data = {
