@@ -70,6 +70,7 @@ def knn_scores(
 
 # A cosine of unit vectors in bfloat16: each factor is off by 2^-9 of itself, and so is the result.
 _BF16_ERROR = 0.0065
+_MOST_COSINES = 2**27  # held at once: 512 MiB in float32
 _SMALL_BANK = 16384  # below, a product in half precision saves less than choosing again costs
 
 
@@ -78,7 +79,7 @@ def nearest_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Cosines (Q, k) and rows (Q, k) of the nearest bank vectors, nearest first.
 
-    The matrix of cosines never has more than `chunk_size` rows. Where bfloat16 is fast, twice as many
+    The matrix of cosines never has more than `chunk_size` rows, and fewer for a bank of more than 500,000. Where bfloat16 is fast, twice as many
     candidates are chosen by cosines in it and ranked in full precision; a query for which its error could
     have hidden a neighbour is looked up again in full precision, so the result is that of full precision.
 
@@ -95,6 +96,7 @@ def nearest_neighbors(
     cosine_QK = query_QD.new_empty(len(query_QD), k)
     index_QK = torch.empty(len(query_QD), k, dtype=torch.int64, device=query_QD.device)
     rough_bank = bank_ND.bfloat16() if in_bf16 else bank_ND
+    chunk_size = max(min(chunk_size, _MOST_COSINES // len(bank_ND)), 1)
     buffer = rough_bank.new_empty(min(chunk_size, len(query_QD)), len(bank_ND))
     for start in range(0, len(query_QD), chunk_size):
         chunk = query_QD[start : start + chunk_size]

@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PROFILE_FILE = "profile.json"
 # In the order of a step; "other" is what lies between them.
 SPANS = ("loading", "views", "forward", "backward", "optimizer", "teacher", "evaluation", "saving")
+SHORTEST = 10.0  # seconds of a run that tell anything: the first batches take longer
 TOO_LONG = 0.2  # share of the time that waiting for images may take before a line says what to change
 
 
@@ -31,6 +32,7 @@ class StepClock:
 
     Attributes:
         seconds: by span; filled while the clock runs.
+        total: seconds between start and stop.
         synchronize: wait for the device at the borders of every span.
     """
 
@@ -39,7 +41,7 @@ class StepClock:
         self.synchronize = False
         self._inner: list[float] = []
         self._started: float | None = None
-        self._total = 0.0
+        self.total = 0.0
 
     def start(self) -> None:
         """Begin, with all spans at 0."""
@@ -49,7 +51,7 @@ class StepClock:
     def stop(self) -> None:
         """End."""
         if self._started is not None:
-            self._total = self._now() - self._started
+            self.total = self._now() - self._started
             self._started = None
 
     @contextlib.contextmanager
@@ -76,7 +78,7 @@ class StepClock:
 
     def shares(self) -> dict[str, float]:
         """Parts of the time between start and stop, which sum to 1."""
-        total = max(self._total, 1e-9)
+        total = max(self.total, 1e-9)
         shares = {name: seconds / total for name, seconds in self.seconds.items()}
         return shares | {"other": max(1 - sum(shares.values()), 0.0)}
 
@@ -111,7 +113,11 @@ class Profile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         shares = self.clock.shares()
-        advice = loading_advice(shares, args.dataloader_num_workers, cores_of_this_process(), can_compile())
+        advice = None
+        if self.clock.total >= SHORTEST:
+            advice = loading_advice(
+                shares, args.dataloader_num_workers, cores_of_this_process(), can_compile()
+            )
         logger.info("time      " + describe_shares(shares))
         if advice:
             logger.warning(advice)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_ssl.training import step_clock
 from hf_ssl.training.step_clock import PROFILE_FILE, SPANS, StepClock, describe_shares, loading_advice
 
 
@@ -87,6 +88,7 @@ def test_a_run_says_where_its_time_went(make_trainer, caplog):
 
 def test_a_run_that_waits_for_its_images_says_so(make_trainer, caplog, monkeypatch):
     trainer = make_trainer(max_steps=3)
+    monkeypatch.setattr(step_clock, "SHORTEST", 1.0)
     make = type(trainer.view_maker).make_batch
     monkeypatch.setattr(
         type(trainer.view_maker), "make_batch", lambda *args: (time.sleep(0.5), make(*args))[1]
