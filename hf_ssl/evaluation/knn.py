@@ -79,9 +79,10 @@ def nearest_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Cosines (Q, k) and rows (Q, k) of the nearest bank vectors, nearest first.
 
-    The matrix of cosines never has more than `chunk_size` rows, and fewer for a bank of more than 500,000. Where bfloat16 is fast, twice as many
-    candidates are chosen by cosines in it and ranked in full precision; a query for which its error could
-    have hidden a neighbour is looked up again in full precision, so the result is that of full precision.
+    The matrix of cosines never has more than `chunk_size` rows, fewer for a bank of more than 500,000. Where
+    bfloat16 is fast, twice as many candidates are chosen by cosines in it and ranked in full precision; a
+    query for which its error could have hidden a neighbour is looked up again in full precision, so the
+    result is that of full precision.
 
     Args:
         query_QD: unit vectors.
