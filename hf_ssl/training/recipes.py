@@ -265,6 +265,25 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
 
 
+def with_backbone_of(recipe: Recipe, backbone: dict[str, Any], statistics: dict[str, Any]) -> Recipe:
+    """The recipe with a published backbone in place of its own, and the method's default views for its size.
+
+    Args:
+        recipe: gives heads, data and training; left as it is.
+        backbone: a `backbone_config`.
+        statistics: `image_mean` and `image_std`, where known.
+    """
+    side, patch = backbone["image_size"], backbone.get("patch_size", 1)
+    views = METHODS[recipe.method].processor_class.default_views(side)
+    for view in views:  # 96 px are no whole number of patches of 14
+        view["size"] = max(round(view.get("size", side) / patch), 1) * patch
+        if view["size"] == side:
+            del view["size"]  # follows the training size when that is overridden
+    model = {**recipe.model, "backbone_config": backbone}
+    adopted = replace(recipe, model=_plain(model), processor=_plain({**statistics, "views": views}))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
 def _own_values(config: Any) -> dict[str, Any]:
     names = _own_fields(type(config)) & _field_names(type(config))
     return {name: getattr(config, name) for name in sorted(names)}

@@ -10,17 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from hf_ssl.hub.landing_vit import own_vit_state
 from hf_ssl.hub.locations import Location, locate
 from hf_ssl.hub.small_stem import restore_small_stem
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.positions import resize_positions
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
-from hf_ssl.training.recipes import Recipe, RecipeError, with_model_of
+from hf_ssl.training.published_vits import (
+    TIMM_WRAPPER,
+    backbone_config_of,
+    check_tensors,
+    refuse_foreign,
+    start_vit,
+)
+from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_model_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,6 @@ PREFIXES = (  # of the network's tensors in our encoders and in transformers' wr
     "timm_model.",
     "network.",
 )
-NOT_LEARNED_HERE = ("pooler.", "embeddings.mask_token")  # of native ViTs; our backbones may lack them
 ANY_ERROR = (OSError, RuntimeError, TypeError, ValueError)  # of loading what may not be there
 
 
@@ -99,7 +103,37 @@ def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Reci
     if adopt_model and start.is_of(recipe.method):
         logger.info("model     as %s has it", start.location)
         recipe = with_model_of(recipe, start.config, start.processor())
+    elif adopt_model:
+        recipe = _with_published_backbone(recipe, start)
     return replace(recipe, init_from=str(start.location))
+
+
+def _with_published_backbone(recipe: Recipe, start: StartingPoint) -> Recipe:
+    """The recipe with the backbone, image size and normalisation of a published encoder."""
+    processor = start.processor() if start.config.model_type != TIMM_WRAPPER else None
+    try:
+        backbone = backbone_config_of(start.config, _image_size(processor))
+    except ValueError as error:
+        raise _cannot_start(str(start.location), error) from error
+    if backbone is None:
+        return recipe
+    if start.config.model_type == TIMM_WRAPPER:
+        statistics = {name: start.config.pretrained_cfg.get(name) for name in ("mean", "std")}
+    else:
+        statistics = {name: getattr(processor, f"image_{name}", None) for name in ("mean", "std")}
+    logger.info("backbone  as %s has it, at %d px", start.location, backbone["image_size"])
+    return with_backbone_of(
+        recipe, backbone, {f"image_{name}": value for name, value in statistics.items() if value is not None}
+    )
+
+
+def _image_size(processor: Any) -> int | None:
+    """Side of the images that a processor makes; None: it makes no squares, or there is none."""
+    for name in ("crop_size", "size"):
+        size = getattr(processor, name, None)
+        if size and size.get("height") == size.get("width") and size.get("height"):
+            return int(size["height"])
+    return None
 
 
 def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
@@ -197,53 +231,37 @@ def _with_another_grid(
 
 def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLForPreTraining:
     """Fresh heads on the encoder of another method, a native model or a timm model."""
+    refuse_foreign(start.config.model_type)
     encoder = start.location.load(AutoModel, start.subfolder)
-    state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
     branch: Any = model.published_branch()
-    backbone = branch.backbone.config
-    if isinstance(backbone, SSLViTConfig):
-        state = own_vit_state(state, has_layer_scale=backbone.layer_scale_value is not None)
-        own_token = branch.backbone.embeddings.mask_token
-        if own_token is not None:  # a native class has none, or one of another shape
-            token = state.get("embeddings.mask_token", own_token.detach())
-            state["embeddings.mask_token"] = token.reshape(own_token.shape)
-    elif backbone.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
-        state = restore_small_stem(state, backbone.small_stem_stride)
-    network = getattr(branch.backbone, "network", branch.backbone)  # a CNN's own names are timm's
-    _check_tensors(network.state_dict(), state, type(encoder).__name__)
-    network.load_state_dict(state, strict=False)
+    told = ""
+    if isinstance(branch.backbone.config, SSLViTConfig):
+        resized, difference = start_vit(branch.backbone, encoder, start.config.model_type)
+        told = f"{resized}, features equal to {difference:.0e}"
+    else:
+        _start_cnn(branch.backbone, encoder)
     model.sync_branches(model.base_model_prefix)
+    model.starts_with_fresh_heads = True
     logger.info(
-        "start     the encoder of %s (%s); heads%s start afresh",
+        "start     the encoder of %s (%s%s); heads%s start afresh",
         start.location,
         type(encoder).__name__,
+        told,
         " and what else training keeps" if model.has_teacher else "",
     )
     return model
+
+
+def _start_cnn(backbone: Any, encoder: Any) -> None:
+    """Weights of a network of timm, whose small stem an export may have hidden in the large one."""
+    state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
+    if backbone.config.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
+        state = restore_small_stem(state, backbone.config.small_stem_stride)
+    check_tensors(backbone.network.state_dict(), state, type(encoder).__name__)
+    backbone.network.load_state_dict(state, strict=False)
 
 
 def _plain_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def _check_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], class_name: str) -> None:
-    missing = sorted(set(wanted) - set(given))
-    if missing:
-        raise ValueError(
-            f"a {class_name} lacks {len(missing)} of {len(wanted)} tensors, e.g. '{missing[0]}'; the "
-            "backbones are of different kinds"
-        )
-    for name, tensor in wanted.items():
-        if given[name].shape != tensor.shape:
-            raise ValueError(
-                f"'{name}' is {tuple(given[name].shape)} there and {tuple(tensor.shape)} here; give the same "
-                "backbone_config"
-            )
-    unknown = sorted(name for name in set(given) - set(wanted) if not name.startswith(NOT_LEARNED_HERE))
-    if unknown:
-        raise ValueError(
-            f"it has {len(unknown)} tensors more than this backbone, e.g. '{unknown[0]}'; give the same "
-            "backbone_config"
-        )
