@@ -83,6 +83,22 @@ class SSLTrainingArguments(TrainingArguments):
     patch_embedding_multiplier: float = field(
         default=1.0, metadata={"help": "Further factor on the learning rate of a ViT's patch projection."}
     )
+    head_warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps, or below 1 a share of them, in which the backbone stands still and only what is "
+            "on it learns. None: a tenth of the run, at most 1,000, where heads start afresh on a trained "
+            "encoder, else 0."
+        },
+    )
+    max_knn_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "The run stops and rolls back when the probe's kNN score is this much below the encoder "
+            "that it started from. None: 0.02 where heads start afresh on a trained encoder, else off; 1: "
+            "off."
+        },
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Share of unreadable images above which the run stops."}
     )
@@ -128,6 +144,9 @@ class SSLTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
+        for name, least in (("head_warmup_steps", 0.0), ("max_knn_drop", 0.0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least:g}, got {value}")
         self._set_accumulation()
         self._check_caching()
         self._set_learning_rate()

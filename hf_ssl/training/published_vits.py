@@ -28,7 +28,7 @@ REFUSED = {  # what only looks like our ViT
     "swin": "attends in windows",
     "hiera": "is hierarchical",
 }
-NOT_LEARNED_HERE = ("pooler.", "embeddings.mask_token")  # our backbones may lack them
+NOT_LEARNED_HERE = ("pooler.", "attn_pool.", "embeddings.mask_token")  # our backbones may lack them
 PARITY = 1e-3  # of the largest feature; roundings are a thousand times smaller
 _TIMM_NAMES = (
     (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
@@ -88,7 +88,10 @@ def _of_timm(config: Any, image_size: int | None) -> dict[str, Any]:
     if not is_timm_vit(network):
         side = image_size or int(network.pretrained_cfg["input_size"][-1])
         return {"model_type": "hf_ssl_timm", "architecture": config.architecture, "image_size": side}
-    block, (side, patch) = network.blocks[0], (network.patch_embed.img_size[0], network.patch_embed.patch_size[0])
+    block, (side, patch) = (
+        network.blocks[0],
+        (network.patch_embed.img_size[0], network.patch_embed.patch_size[0]),
+    )
     is_gated = block.mlp.fc1.out_features != block.mlp.fc2.in_features
     scale = getattr(block.ls1, "init_values", None)
     return {
@@ -120,10 +123,10 @@ def _timm_network(architecture: str) -> Any:
 
 
 def is_timm_vit(network: nn.Module) -> bool:
-    """Whether a network is one of timm's plain vision transformers."""
+    """Whether a network is one of timm's plain vision transformers, with a norm after the last block."""
     from timm.models.vision_transformer import VisionTransformer
 
-    return type(network) is VisionTransformer
+    return type(network) is VisionTransformer and isinstance(network.norm, nn.LayerNorm)
 
 
 def _side(wanted: int | None, own: int, patch_size: int) -> int:
@@ -208,7 +211,9 @@ def _timm_state(network: Any) -> dict[str, Tensor]:
     positions = state.get("embeddings.position_embeddings")
     if network.no_embed_class and network.cls_token is not None and positions is not None:
         # There the class token holds its own position.
-        state["embeddings.position_embeddings"] = torch.cat([torch.zeros_like(positions[:, :1]), positions], 1)
+        state["embeddings.position_embeddings"] = torch.cat(
+            [torch.zeros_like(positions[:, :1]), positions], 1
+        )
     return state
 
 
@@ -231,7 +236,9 @@ def _difference(backbone: SSLViTBackbone, encoder: Any, side: int) -> float:
     expected = encoder.float().eval()(pixels, **options).last_hidden_state
     found = backbone.float().eval()(pixels).last_hidden_state
     if found.shape != expected.shape:
-        raise ValueError(f"it gives {tuple(expected.shape[1:])} features and the backbone {tuple(found.shape[1:])}")
+        raise ValueError(
+            f"it gives {tuple(expected.shape[1:])} features and the backbone {tuple(found.shape[1:])}"
+        )
     return float((found - expected).abs().max() / expected.abs().max())
 
 

@@ -241,7 +241,7 @@ def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLFo
     else:
         _start_cnn(branch.backbone, encoder)
     model.sync_branches(model.base_model_prefix)
-    model.starts_with_fresh_heads = True
+    model.mark_fresh_heads()
     logger.info(
         "start     the encoder of %s (%s%s); heads%s start afresh",
         start.location,

@@ -13,7 +13,7 @@ The order of one optimizer step stands here and nowhere else:
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import check_batch
+from hf_ssl.training.continuing import build_guard, head_warmup_steps
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
@@ -108,10 +109,13 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             **kwargs,
         )
         self._suit_device()
+        self.head_warmup_steps = head_warmup_steps(args, model)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
         self.add_callback(StepProtocol(self))
+        if (guard := build_guard(self)) is not None:
+            self.add_callback(guard)
 
     # Data
 
@@ -173,6 +177,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         """Schedules and targets; called with the 0-based step before its first forward."""
         self._updates = []
         self._set_weight_decay(step)
+        self.model.hold_backbone(step < self.head_warmup_steps)
         self.model.begin_step(step, self.args.max_steps, seed=self.args.seed)
         batches: Any = self._step_batches
         if len(batches) == 1 and self.args.cached_microbatch_size is None:
@@ -233,6 +238,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             self.model.end_step(self._updates)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
+        self._drop_gradients(self.model.held_backbone_parameters())
         if self.args.clip_mode == "global":
             return super()._clip_grad_norm(model)
         pieces = [[parameter] for parameter in model.parameters()]
@@ -246,8 +252,16 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         return torch.stack(norms).norm()
 
     def hold_parameters(self) -> None:
-        """What stands still in this step gets no gradient; after clipping, which official code does first."""
-        for parameter in self.model.held_parameters():
+        """What stands still in this step gets no gradient; after clipping, which official code does first.
+
+        A backbone that is held has lost its own before: heads alone are clipped.
+        """
+        self._drop_gradients(self.model.held_parameters())
+        self._drop_gradients(self.model.held_backbone_parameters())
+
+    @staticmethod
+    def _drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
             parameter.grad = None
 
     # Optimizer and schedules

@@ -71,6 +71,7 @@ class SelfDistillation(SSLForPreTraining):
         super().train(mode)
         for module in self.teacher.modules():
             module.training = mode and isinstance(module, _BatchNorm)
+        self._quiet_held_backbones()
         return self
 
     # The step
