@@ -1,8 +1,8 @@
 """Going on with an encoder that was trained before: heads first, and a guard over what it knew.
 
 Published encoders come without the heads they were trained with. Fresh heads send gradients of no meaning
-into the backbone, so they learn alone first. Afterwards the kNN score of the online probe is watched: an encoder
-that gets worse than it was is not what anybody continues for.
+into the backbone, so they learn alone first. Afterwards the kNN score of the online probe is watched: nobody
+goes on with an encoder to make it worse.
 """
 
 import logging

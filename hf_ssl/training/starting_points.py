@@ -144,6 +144,8 @@ def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     """
     model_class = METHODS[recipe.method].pretraining_class
     if recipe.init_from is None:
+        if recipe.training.get("lora_rank"):
+            raise RecipeError("lora_rank needs trained weights to learn beside; give init_from")
         return model_class(config)
     start = find_starting_point(recipe.init_from)
     try:

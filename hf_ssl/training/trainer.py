@@ -35,6 +35,7 @@ from hf_ssl.training.batch_checks import check_batch
 from hf_ssl.training.continuing import build_guard, head_warmup_steps
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
+from hf_ssl.training.lora import add_lora, merged_state
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer
 from hf_ssl.training.processes import on_first_process
@@ -91,6 +92,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self._guard = DivergenceGuard(args)
         self._parts: dict[str, list[Tensor]] = {}
         check_batch(model, args)
+        if args.lora_rank is not None:
+            add_lora(model, args.lora_rank)
         self.take_token(args)
         if probe is None:
             args.eval_strategy, args.metric_for_best_model = IntervalStrategy.NO, None
@@ -366,6 +369,12 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             logs.update({name: round(value, 4) for name, value in means.items()})
             self._parts = {}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the model; only checkpoints, from which a run goes on, keep LoRA adapters apart."""
+        if self.args.lora_rank is not None and self._staging is None:
+            state_dict = merged_state(self.model)
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint or nothing.

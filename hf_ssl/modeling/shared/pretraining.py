@@ -200,7 +200,9 @@ class SSLForPreTraining(SSLPreTrainedModel):
         It is in eval mode then, so that heads learn on the features that the encoder gives: neither drop
         path nor a BatchNorm's statistics of the batch, and those it keeps do not move.
         """
-        self._holds_backbone = holds
+        if holds != self._holds_backbone:
+            self._holds_backbone = holds
+            self.train(self.training)  # at once: a teacher may make targets before the next forward
 
     def held_backbone_parameters(self) -> Iterable[nn.Parameter]:
         """The student's backbone while it is held, but for a mask token, which only pre-training has."""
