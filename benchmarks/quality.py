@@ -26,8 +26,8 @@ from quality_report import write_report
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hf_ssl" / "training" / "recipes"
 DATA = str(ROOT.parent / "shared" / "data" / "cifar10")
-METHODS = ("simclr", "moco", "mocov3", "mae")
-COMPARED = ("simclr", "moco", "mae")  # also trained with lightly
+METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2")
+COMPARED = ("simclr", "moco", "mae", "dino", "ibot")  # also trained with lightly
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightly", "datasets", "scikit-learn", "pillow")
 EVALUATION = ["hf_ssl/evaluation", "hf_ssl/data", "hf_ssl/modeling", "benchmarks/quality_jobs.py"]
 CODE = {  # whose change makes a kept result worthless
@@ -37,6 +37,8 @@ CODE = {  # whose change makes a kept result worthless
         "hf_ssl/modeling/shared/backbone.py",
         "benchmarks/quality_jobs.py",
         "benchmarks/quality_lightly.py",
+        "benchmarks/quality_lightly_methods.py",
+        "benchmarks/quality_lightly_distillation.py",
     ],
     "pixels": ["hf_ssl/evaluation"],
 }
@@ -80,7 +82,7 @@ def choose_bf16(arguments: argparse.Namespace) -> bool:
         return bool(arguments.bf16 == "yes")
     kept = arguments.work / "bf16.json"
     if not kept.is_file():
-        code = "from hf_ssl.training.recipes import has_fast_bf16; print(int(has_fast_bf16()))"
+        code = "from hf_ssl.modeling.shared.precision import has_fast_bf16; print(int(has_fast_bf16()))"
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, env=job_environment(), stdout=subprocess.PIPE, text=True, check=True)
         kept.write_text(json.dumps(done.stdout.strip() == "1"), encoding="utf-8")

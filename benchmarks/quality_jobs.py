@@ -200,9 +200,10 @@ def shared_settings(recipe: Recipe, folder: Path) -> dict[str, Any]:
 
 
 def pools_of(recipe: Recipe) -> list[str]:
-    """The features that are read: of a CNN its global mean, of a ViT quarters and mean of its patches."""
-    is_cnn = isinstance(recipe.config().backbone_config, SSLTimmConfig)
-    return ["mean"] if is_cnn else ["grid2", "mean"]
+    """The features that are read: of a CNN its global mean, of a ViT what its method trains for."""
+    if isinstance(recipe.config().backbone_config, SSLTimmConfig):
+        return ["mean"]
+    return ["grid2", "mean"] if recipe.method == "mae" else ["class_token", "mean"]
 
 
 def read_split(data: str, split: str, processor: Any) -> list[ImageBatch]:

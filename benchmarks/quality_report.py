@@ -8,9 +8,19 @@ from typing import Any
 
 # Which kNN column the table prints, chosen before measuring: standardising helps MAE's features by 1 to 5
 # points and does nothing for contrastive ones. JSON has all three.
-PRINTED_KNN = {"simclr": "knn", "moco": "knn", "mocov3": "knn", "mae": "knn_standardized"}
+PRINTED_KNN = dict.fromkeys(("simclr", "moco", "mocov3", "dino", "ibot", "dinov2"), "knn") | {
+    "mae": "knn_standardized"
+}
 KNN_COLUMNS = ("knn", "knn_centered", "knn_standardized")
-NAMES = {"simclr": "SimCLR", "moco": "MoCo v2", "mocov3": "MoCo v3 (CNN)", "mae": "MAE"}
+NAMES = {
+    "simclr": "SimCLR",
+    "moco": "MoCo v2",
+    "mocov3": "MoCo v3 (CNN)",
+    "mae": "MAE",
+    "dino": "DINO (CNN)",
+    "ibot": "iBOT",
+    "dinov2": "DINOv2",
+}
 COLUMN_NAMES = {"knn": "plain", "knn_centered": "centred", "knn_standardized": "standardised"}
 
 Result = dict[str, Any]
@@ -143,7 +153,8 @@ def _reading(results: list[Result]) -> list[str]:
         "- kNN: k = 20, temperature 0.07, the train split is the bank; plain, or where the row says so after "
         "standardising every dimension. Linear: L-BFGS on standardised features, L2 strength chosen on a "
         "part of the train split. Both by `hf_ssl.evaluation` for every column, in float32.",
-        "- mean: mean of the last feature map or of all patches; grid2: mean in each quarter, concatenated.",
+        "- mean: mean of the last feature map or of all patches; grid2: mean in each quarter, concatenated. "
+        "Self-distillation is read from the teacher.",
         "- Floors print their best: of plain, centred and standardised kNN, and of 32 x 32 and 8 x 8 pixels. "
         "Random init is our own network at step 0; BatchNorm statistics are estimated on 2,048 train images.",
         "- Same on both sides: images, network, steps, batch, AdamW (fused), rates, schedule, precision, "

@@ -66,7 +66,9 @@ def _run_in_this_process(file: str, function_name: str, folder: str) -> None:
     arguments = torch.load(Path(folder) / "arguments.pt", weights_only=False)
     result = getattr(module, function_name)(*arguments)
     torch.save(result, Path(folder) / f"result{torch.distributed.get_rank()}.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads now and then end a process badly that takes them down
 
 
 if __name__ == "__main__":

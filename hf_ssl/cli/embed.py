@@ -19,8 +19,17 @@ def embed(
     pool: Annotated[str, typer.Option(help="pooler, class_token, mean or grid2.")] = "mean",
     batch_size: Annotated[int, typer.Option("--batch_size")] = 256,
     limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
+    bf16: Annotated[
+        bool, typer.Option("--bf16", help="Forward in bfloat16, where the machine has it.")
+    ] = False,
 ) -> None:
-    """Write features of images; an interrupted call continues where it stopped."""
+    """Write features of images; an interrupted call continues where it stopped.
+
+    Under torchrun the processes share the images and write the same file.
+    """
+    import torch
+    from accelerate import PartialState
+
     from hf_ssl.cli.loading import load_encoder
     from hf_ssl.cli.quiet import quiet_libraries
     from hf_ssl.data import open_images
@@ -30,5 +39,18 @@ def embed(
     quiet_libraries()
     source = open_images(dataset, split=split, config_name=config_name, image_column=image_column)
     encoder, processor = pulled(model, lambda: load_encoder(model))
-    path = write_embeddings(encoder, processor, source, output, pool, batch_size=batch_size, limit=limit)
-    typer.echo(f"features  {path}")
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    path = write_embeddings(
+        encoder,
+        processor,
+        source,
+        output,
+        pool,
+        batch_size=batch_size,
+        limit=limit,
+        device=state.device,
+        dtype=torch.bfloat16 if bf16 else None,
+    )
+    if state.is_main_process:
+        typer.echo(f"features  {path}")
+    state.destroy_process_group()

@@ -10,6 +10,7 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     Raises:
         ValueError: there is no model there, or it needs code of its own.
     """
+    import torch
     from transformers import AutoImageProcessor, AutoModel
 
     from hf_ssl.hub.locations import locate
@@ -17,7 +18,9 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     location = locate(run_or_name)
     if location.is_folder and location.file("config.json") is None:
         raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
-    return location.load(AutoModel).eval(), location.load(AutoImageProcessor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what the checkpoint lacks, such as a pooler, is the same in every call
+        return location.load(AutoModel).eval(), location.load(AutoImageProcessor)
 
 
 def run_recipe(run: str) -> Any:

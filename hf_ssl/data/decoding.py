@@ -2,8 +2,8 @@
 
 One policy for every decoder: transparent pixels lie over white, 16-bit values keep their high byte, EXIF
 orientation is not applied (the reference pipelines do not), of an animation the first frame counts.
-JPEG goes through torchvision (equal to Pillow in every pixel, and faster); all else, CMYK JPEG included,
-through Pillow.
+JPEG goes through simplejpeg where it is installed (the extra `fast`), else through torchvision: both are
+equal to Pillow in every pixel, and faster. All else, CMYK JPEG included, goes through Pillow.
 
 Data come from strangers: the size that a header states is compared with Pillow's limit,
 `PIL.Image.MAX_IMAGE_PIXELS`, before anything is decoded; and only formats of pictures are opened, as Pillow
@@ -28,6 +28,10 @@ try:  # torchvision 0.29 announces, at every call, that its decoders will be rem
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 except ImportError:
     decode_jpeg = None
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
@@ -64,16 +68,12 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
 
 
 def _decode_file(data: bytes) -> NDArray[np.uint8]:
-    if data[:3] == b"\xff\xd8\xff" and decode_jpeg is not None and (size := _jpeg_size(data)):
-        _check_size(*size)
-        try:
-            pixels_CHW = decode_jpeg(
-                torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED
-            )
-        except RuntimeError:  # Pillow decides, and words the error
-            pixels_CHW = None
-        if pixels_CHW is not None and len(pixels_CHW) in (1, 3):  # 4 = CMYK
-            return np.ascontiguousarray(pixels_CHW.expand(3, -1, -1).permute(1, 2, 0).numpy())
+    if data[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(data)):
+        width, height, num_channels = header
+        _check_size(width, height)
+        pixels_HWC = _decode_jpeg(data) if num_channels in (1, 3) else None  # 4: CMYK
+        if pixels_HWC is not None:
+            return pixels_HWC
     if not data:
         raise BrokenImageError("cannot decode an image of 0 bytes")
     try:
@@ -87,25 +87,40 @@ def _decode_file(data: bytes) -> NDArray[np.uint8]:
         raise BrokenImageError(f"cannot decode {len(data)} bytes: {_one_line(error)}") from error
 
 
+def _decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
+    """Pixels (H, W, 3); None where Pillow has to decide, and to word the error."""
+    try:
+        if simplejpeg is not None:
+            pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB")
+            return pixels
+        if decode_jpeg is not None:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            pixels_CHW = decode_jpeg(encoded, ImageReadMode.RGB)
+            return np.ascontiguousarray(pixels_CHW.permute(1, 2, 0).numpy())
+    except (RuntimeError, ValueError):
+        pass
+    return None
+
+
 @cache
 def _known_formats() -> list[str]:
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]  # a Pillow may have been built without some
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Width and height that the frame header of a JPEG states (ITU T.81, B.1 and B.2.2).
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and number of channels that a JPEG's frame header states (ITU T.81, B.1 and B.2.2).
 
     None for a file that does not come to it by plain segments: Pillow decides about those.
     """
     place = 2
-    while place + 9 <= len(data) and data[place] == 0xFF and data[place + 1] >= 0xC0:
+    while place + 9 < len(data) and data[place] == 0xFF and data[place + 1] >= 0xC0:
         marker = data[place + 1]
         if 0xD0 <= marker <= 0xD9 or marker == 0xFF:  # without a length, or a fill byte
             return None
         if marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             height, width = data[place + 5 : place + 7], data[place + 7 : place + 9]
-            return int.from_bytes(width, "big"), int.from_bytes(height, "big")
+            return int.from_bytes(width, "big"), int.from_bytes(height, "big"), data[place + 9]
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
     return None
 

@@ -13,6 +13,7 @@ import logging
 import math
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -81,6 +82,7 @@ class _Report:
     bad: list[tuple[str, str]]  # name and reason of every broken image met
     batches_per_epoch: int | None
     error: str | None = None
+    seconds: float = 0.0  # that making the batch took
 
 
 class TrainLoader:
@@ -97,6 +99,12 @@ class TrainLoader:
         num_workers: processes that make batches; 0: this one. Batches do not depend on it.
         start_batch: the first batch to give; every iteration starts there.
         max_bad_fraction: more broken images than this part of the rows seen stop the run.
+
+    Attributes:
+        bad_images: broken images met so far.
+        batches_per_epoch: of this process; None as long as a sequential source has not been read once.
+        seconds_of_making: that reading, decoding and views of all batches given took, in this process or in
+            its workers.
 
     Yields dicts:
         pixel_values: uint8 (B, V, C, H, W), in memory (V, B, C, H, W); (B, C, H, W) if there is one global
@@ -137,6 +145,7 @@ class TrainLoader:
         self._max_bad_fraction = max_bad_fraction
         self._stream = _BatchStream(plan, BatchMaker(self.sources, view_maker, seed), start_batch)
         self._delivered = 0
+        self.seconds_of_making = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
         self._delivered = 0
@@ -160,6 +169,7 @@ class TrainLoader:
     def _take_report(self, report: _Report) -> None:
         if report.error is not None:
             raise DataError(report.error)
+        self.seconds_of_making += report.seconds
         self.batches_per_epoch = report.batches_per_epoch or self.batches_per_epoch
         for name, reason in report.bad:
             self.bad_images.met += 1
@@ -291,8 +301,10 @@ class _BatchStream(IterableDataset[Batch]):
         first, step = (worker.id, worker.num_workers) if worker else (0, 1)
         try:
             for number in itertools.count(self._start_batch + first, step):
+                start = time.perf_counter()
                 batch, bad = self._maker.make(self._plan.slots(number))
-                yield {**batch, _REPORT: _Report(bad, self._plan.batches_per_epoch)}
+                seconds = time.perf_counter() - start
+                yield {**batch, _REPORT: _Report(bad, self._plan.batches_per_epoch, seconds=seconds)}
         except DataError as error:  # as data: the DataLoader would wrap it in a worker's traceback
             yield {_REPORT: _Report([], None, str(error))}
 

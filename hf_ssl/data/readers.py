@@ -168,7 +168,7 @@ class DatasetSource(IndexedSource):
         super().__init__(name, columns, np.ones(len(dataset), np.int64), "Arrow table")
 
     def row(self, index: int) -> Row:
-        return _table_row(self._rows[index], 0, self.columns)
+        return TableRows(self._rows[index], self.columns).row(0)
 
     def row_name(self, index: int) -> str:
         return f"{self.name}, row {index}"
@@ -184,7 +184,7 @@ class ParquetSource(IndexedSource):
         groups = [metadata[f].row_group(g) for f, g in self._units]
         sizes = np.array([group.num_rows for group in groups], np.int64)
         self._starts: list[int] = [0, *np.cumsum(sizes).tolist()]
-        self._tables: dict[int, pa.Table] = {}
+        self._tables: dict[int, TableRows] = {}
         self._held: WeakKeyDictionary[object, set[int]] = WeakKeyDictionary()  # a dead owner holds nothing
         super().__init__(name, columns, sizes, f"{len(files)} parquet files, {len(groups)} row groups")
         row_bytes = max(1, sum(group.total_byte_size for group in groups) // self.num_rows)
@@ -196,8 +196,8 @@ class ParquetSource(IndexedSource):
         if unit not in self._tables:
             if not any(unit in units for units in self._held.values()):
                 self._hold_units(self, {unit})  # read out of turn: kept until the next such read
-            self._tables[unit] = self._read_unit(unit)
-        return _table_row(self._tables[unit], index - self._starts[unit], self.columns)
+            self._tables[unit] = TableRows(self._read_unit(unit), self.columns)
+        return self._tables[unit].row(index - self._starts[unit])
 
     def hold(self, owner: object, indices: NDArray[np.int64]) -> None:
         units = np.unique(np.searchsorted(self._starts, indices, side="right") - 1)
@@ -222,7 +222,7 @@ class ParquetSource(IndexedSource):
                 units, pool.map(partial(self._read_unit, files=files), units), strict=True
             ):
                 tables.append(table)
-                self._tables[unit] = table
+                self._tables[unit] = TableRows(table, self.columns)
 
     def row_name(self, index: int) -> str:
         unit = bisect_right(self._starts, index) - 1
@@ -386,10 +386,29 @@ def _read_local(path: str) -> bytes:
     raise BrokenImageError(f"{printable(path)} is no file of at most {FILE_BYTES >> 20} MiB")
 
 
-def _table_row(table: "pa.Table", index: int, columns: Columns) -> Row:
-    values = {name: table.column(name)[index] for name in columns.names()}
-    image = values.pop(columns.image)
-    # Reading the bytes alone is three times faster than the whole struct {bytes, path} of `datasets`.
-    file = image["bytes"].as_py() if hasattr(image, "keys") and image.is_valid else None
-    image = image.as_py() if file is None else file
-    return columns.row({columns.image: image} | {name: value.as_py() for name, value in values.items()})
+class TableRows:
+    """Rows of an Arrow table; its columns are looked up once, which takes longer than reading a value.
+
+    Args:
+        table: has the columns.
+        columns: which those are.
+    """
+
+    def __init__(self, table: "pa.Table", columns: Columns):
+        import pyarrow as pa
+        import pyarrow.compute as pc
+
+        self._columns = columns
+        self._values = {name: table.column(name) for name in columns.names()}
+        self._images = self._values.pop(columns.image)
+        kind = self._images.type
+        # Reading the bytes alone is several times faster than the whole struct {bytes, path} of `datasets`.
+        has_files = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        self._files = pc.struct_field(self._images, "bytes") if has_files else None
+
+    def row(self, index: int) -> Row:
+        """The row at a place of the table."""
+        file = None if self._files is None else self._files[index].as_py()
+        image = self._images[index].as_py() if file is None else file
+        others = {name: column[index].as_py() for name, column in self._values.items()}
+        return self._columns.row({self._columns.image: image} | others)

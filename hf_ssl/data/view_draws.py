@@ -12,12 +12,12 @@ from typing import NamedTuple
 
 from hf_ssl.data.view_recipe import CropSpec, TransformSpec, ViewSpec
 
-_CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
-_CROP_DRAWS = 2 * _CROP_ATTEMPTS + 2  # area and ratio of each attempt, then the corner
-_JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-_JITTER_ORDERS = tuple(itertools.permutations(range(4)))
+CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
+CROP_DRAWS = 2 * CROP_ATTEMPTS + 2  # area and ratio of each attempt, then the corner
+JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
+JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 # Uniform numbers a transform takes, happening or not: whether it happens, then its values.
-_TRANSFORM_DRAWS = {
+TRANSFORM_DRAWS = {
     "horizontal_flip": 1,
     "color_jitter": 6,
     "grayscale": 1,
@@ -56,7 +56,7 @@ def num_draws(spec: ViewSpec) -> int:
     """Uniform numbers that `draw_view` takes."""
     if spec.crop is None:
         return 0
-    return _CROP_DRAWS + sum(_TRANSFORM_DRAWS[transform.type] for transform in spec.transforms)
+    return CROP_DRAWS + sum(TRANSFORM_DRAWS[transform.type] for transform in spec.transforms)
 
 
 def draw_crop(spec: CropSpec, height: int, width: int, uniforms: Sequence[float]) -> CropBox:
@@ -70,7 +70,7 @@ def draw_crop(spec: CropSpec, height: int, width: int, uniforms: Sequence[float]
     """
     (smallest, largest), (lowest, highest) = spec.scale, spec.ratio
     log_lowest, log_highest = math.log(lowest), math.log(highest)
-    for attempt in range(_CROP_ATTEMPTS):
+    for attempt in range(CROP_ATTEMPTS):
         area_draw, ratio_draw = uniforms[2 * attempt : 2 * attempt + 2]
         area = height * width * (smallest + (largest - smallest) * area_draw)
         ratio = math.exp(log_lowest + (log_highest - log_lowest) * ratio_draw)
@@ -90,11 +90,11 @@ def draw_crop(spec: CropSpec, height: int, width: int, uniforms: Sequence[float]
 def draw_view(spec: ViewSpec, height: int, width: int, uniforms: Sequence[float]) -> ViewParameters:
     """Draws one view, no anchor, of an image of this size from `num_draws(spec)` numbers in [0, 1)."""
     assert spec.crop is not None
-    crop = draw_crop(spec.crop, height, width, uniforms[:_CROP_DRAWS])
+    crop = draw_crop(spec.crop, height, width, uniforms[:CROP_DRAWS])
     steps: list[Step] = []
-    start = _CROP_DRAWS
+    start = CROP_DRAWS
     for transform in spec.transforms:
-        end = start + _TRANSFORM_DRAWS[transform.type]
+        end = start + TRANSFORM_DRAWS[transform.type]
         if uniforms[start] < transform.probability:
             steps += _draw_steps(transform, uniforms[start + 1 : end])
         start = end
@@ -119,8 +119,8 @@ def _draw_steps(transform: TransformSpec, uniforms: Sequence[float]) -> list[Ste
 def _draw_jitter(amounts: dict[str, float], uniforms: Sequence[float]) -> list[Step]:
     """Factors lie in [max(0, 1 - amount), 1 + amount], the hue in [-amount, amount]; amount 0: no step."""
     steps = []
-    for index in _JITTER_ORDERS[int(uniforms[4] * len(_JITTER_ORDERS))]:
-        name = _JITTER_OPERATIONS[index]
+    for index in JITTER_ORDERS[int(uniforms[4] * len(JITTER_ORDERS))]:
+        name = JITTER_OPERATIONS[index]
         amount = amounts[name]
         lowest, highest = (-amount, amount) if name == "hue" else (max(0.0, 1 - amount), 1 + amount)
         if amount > 0:

@@ -11,8 +11,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain, count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import ImageBatch, Source, read_batches, source_name
+from hf_ssl.modeling.shared.distributed import rank, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,8 @@ def embed(
     """Writes the features of all images of `source` to the parquet file `output`.
 
     A second call with the same arguments continues after the last finished part, and does nothing if the file
-    is there. Broken images have no row and are named in the log.
+    is there. Broken images have no row and are named in the log. In several processes (torchrun) each makes
+    its part of the parts; the file is the same.
 
     Args:
         encoder: the frozen network.
@@ -65,7 +68,8 @@ def embed(
         `output`.
 
     Raises:
-        ValueError: what is there was made with another encoder, source or setting; or there is no image.
+        ValueError: what is there was made with another encoder, source or setting; there is no image; or
+            several processes would share a source whose number of rows is not known.
     """
     output = Path(output)
     settings: dict[str, Any] = {
@@ -84,17 +88,56 @@ def embed(
         _check_same(json.loads(metadata.get(METADATA_KEY, b"{}")), settings, output)
         return output
     parts_dir = output.with_name(output.name + ".parts")
-    _open_parts(parts_dir, settings)
+    if rank() == 0:
+        _open_parts(parts_dir, settings)
+    _wait_for_all()
+    _check_same(json.loads((parts_dir / SETTINGS_FILE).read_text(encoding="utf-8")), settings, parts_dir)
     rows_per_part = batch_size * batches_per_part
-    start = _next_part(parts_dir) * rows_per_part
-    rest = None if limit is None else max(0, limit - start)
     extractor = FeatureExtractor(encoder, [pool], device, dtype)
-    batches = read_batches(source, processor, batch_size, rest, start, spread=False)
-    for number, part in groupby(batches, key=lambda batch: batch.row_ids[0] // rows_per_part):
+    read = partial(read_batches, source, processor, batch_size, spread=False)
+    for number, part in _missing_parts(read, parts_dir, rows_per_part, limit, _num_rows(source)):
         _write_whole(parts_dir / f"{number:06d}.parquet", [_table(extractor, pool, part)], SCHEMA)
         logger.info("embedded %d rows of %s", (number + 1) * rows_per_part, settings["source"])
-    _join(parts_dir, output, settings)
+    _wait_for_all()
+    if rank() == 0:
+        _join(parts_dir, output, settings)
+    _wait_for_all()
     return output
+
+
+def _num_rows(source: Source) -> int | None:
+    return len(source) if isinstance(source, Sequence) else getattr(source, "num_rows", None)
+
+
+def _wait_for_all() -> None:
+    if world_size() > 1:
+        torch.distributed.barrier()
+
+
+def _missing_parts(
+    read: Callable[..., Iterator[ImageBatch]],
+    parts_dir: Path,
+    rows_per_part: int,
+    limit: int | None,
+    num_rows: int | None,
+) -> Iterator[tuple[int, Iterable[ImageBatch]]]:
+    """Numbers and images of the parts that this process has to make; without those that hold no image."""
+    if world_size() == 1:
+        start = _next_part(parts_dir) * rows_per_part
+        batches = read(limit=None if limit is None else max(0, limit - start), start=start)
+        yield from groupby(batches, key=lambda batch: batch.row_ids[0] // rows_per_part)
+        return
+    if num_rows is None:
+        raise ValueError("several processes cannot share a stream of unknown length; use one process")
+    num_rows = num_rows if limit is None else min(limit, num_rows)
+    for number in range(rank(), -(-num_rows // rows_per_part), world_size()):
+        if (parts_dir / f"{number:06d}.parquet").exists():
+            continue
+        start = number * rows_per_part
+        batches = read(limit=min(rows_per_part, num_rows - start), start=start)
+        first = next(batches, None)
+        if first is not None:
+            yield number, chain([first], batches)
 
 
 def _fingerprint(encoder: nn.Module) -> str:
@@ -129,8 +172,9 @@ def _parts(parts_dir: Path) -> list[Path]:
 
 
 def _next_part(parts_dir: Path) -> int:
-    finished = _parts(parts_dir)
-    return int(finished[-1].stem) + 1 if finished else 0
+    """After the parts that follow each other; several processes may have left gaps."""
+    finished = {int(part.stem) for part in _parts(parts_dir)}
+    return next(number for number in count() if number not in finished)
 
 
 def _table(extractor: FeatureExtractor, pool: str, batches: Iterable[ImageBatch]) -> pa.Table:

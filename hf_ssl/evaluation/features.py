@@ -152,6 +152,21 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@contextmanager
+def fast_attention(encoder: nn.Module, device: torch.device, dtype: torch.dtype | None) -> Iterator[None]:
+    """On a CPU in half precision two matrix products instead of the fused kernel, which emulates it."""
+    config = getattr(encoder, "config", None)
+    before = getattr(config, "_attn_implementation", None)
+    if dtype is None or device.type != "cpu" or before != "sdpa":
+        yield
+        return
+    encoder.set_attn_implementation("eager")  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        encoder.set_attn_implementation(before)  # type: ignore[operator]
+
+
 class FeatureExtractor:
     """Pixels to pooled features of one frozen encoder; changes nothing in it.
 
@@ -182,7 +197,7 @@ class FeatureExtractor:
         """Features of one batch, `{pool: (B, width)}`, float32 on the CPU."""
         inputs = place_inputs(pixel_values, self.encoder)
         autocast = torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None)
-        with evaluating(self.encoder), autocast:
+        with evaluating(self.encoder), autocast, fast_attention(self.encoder, inputs.device, self.dtype):
             outputs = _forward(self.encoder, inputs)
         layout = (
             token_layout(self.encoder, outputs, pixel_values) if set(self.pools) != {"pooler"} else (0, None)

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from hf_ssl.evaluation.checks import check_features, check_labels
 from hf_ssl.evaluation.metrics import top_k_accuracy
+from hf_ssl.modeling.shared.precision import has_fast_bf16
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,63 @@ def knn_scores(
     labels_N = check_labels(bank_labels_N, len(bank_ND), name="train labels")
     if int(labels_N.max()) >= num_classes:
         raise ValueError(f"train label {int(labels_N.max())} does not fit into num_classes {num_classes}")
+    cosine_QK, index_QK = nearest_neighbors(query_QD, bank_ND, min(num_neighbors, len(bank_ND)), chunk_size)
     scores_QC = query_QD.new_zeros(len(query_QD), num_classes)
-    cosine_buffer = query_QD.new_empty(min(chunk_size, len(query_QD)), len(bank_ND))
+    return scores_QC.scatter_add_(1, labels_N[index_QK], (cosine_QK / temperature).exp())
+
+
+# A cosine of unit vectors in bfloat16: each factor is off by 2^-9 of itself, and so is the result.
+_BF16_ERROR = 0.0065
+_SMALL_BANK = 16384  # below, a product in half precision saves less than choosing again costs
+
+
+def nearest_neighbors(
+    query_QD: Tensor, bank_ND: Tensor, k: int, chunk_size: int = 256, in_bf16: bool | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines (Q, k) and rows (Q, k) of the nearest bank vectors, nearest first.
+
+    The matrix of cosines never has more than `chunk_size` rows. Where bfloat16 is fast, twice as many
+    candidates are chosen by cosines in it and ranked in full precision; a query for which its error could
+    have hidden a neighbour is looked up again in full precision, so the result is that of full precision.
+
+    Args:
+        query_QD: unit vectors.
+        bank_ND: unit vectors.
+        k: at most N.
+        chunk_size: queries at a time.
+        in_bf16: whether to choose candidates in bfloat16; None: float32 and a large bank where it is fast.
+    """
+    if in_bf16 is None:
+        in_bf16 = bank_ND.dtype == torch.float32 and len(bank_ND) >= _SMALL_BANK and has_fast_bf16()
+    in_bf16 = in_bf16 and 2 * k <= len(bank_ND)
+    cosine_QK = query_QD.new_empty(len(query_QD), k)
+    index_QK = torch.empty(len(query_QD), k, dtype=torch.int64, device=query_QD.device)
+    rough_bank = bank_ND.bfloat16() if in_bf16 else bank_ND
+    buffer = rough_bank.new_empty(min(chunk_size, len(query_QD)), len(bank_ND))
     for start in range(0, len(query_QD), chunk_size):
         chunk = query_QD[start : start + chunk_size]
-        cosine = torch.mm(chunk, bank_ND.T, out=cosine_buffer[: len(chunk)])
-        neighbor_cosine, neighbor_index = largest(cosine, min(num_neighbors, len(bank_ND)))
-        scores_QC[start : start + chunk_size].scatter_add_(
-            1, labels_N[neighbor_index], (neighbor_cosine / temperature).exp()
-        )
-    return scores_QC
+        rough = torch.mm(chunk.to(rough_bank.dtype), rough_bank.T, out=buffer[: len(chunk)])
+        if not in_bf16:
+            found = largest(rough, k)
+        else:
+            found, is_sure = _rank_candidates(chunk, bank_ND, *largest(rough, 2 * k), k)
+            unsure = (~is_sure).nonzero()[:, 0]
+            if len(unsure):
+                exact = chunk[unsure] @ bank_ND.T
+                for all_rows, rows in zip(found, largest(exact, k), strict=True):
+                    all_rows[unsure] = rows
+        cosine_QK[start : start + chunk_size], index_QK[start : start + chunk_size] = found
+    return cosine_QK, index_QK
+
+
+def _rank_candidates(
+    query_QD: Tensor, bank_ND: Tensor, rough_QM: Tensor, index_QM: Tensor, k: int
+) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """The k nearest of M candidates, and for which queries no other vector can be nearer."""
+    exact_QM = torch.bmm(bank_ND[index_QM], query_QD[:, :, None])[:, :, 0]
+    cosine_QK, place_QK = exact_QM.topk(k, dim=1)
+    highest_of_others = rough_QM.amin(dim=1).to(exact_QM.dtype) + _BF16_ERROR
+    return (cosine_QK, index_QM.gather(1, place_QK)), cosine_QK[:, -1] >= highest_of_others
 
 
 def largest(scores_QN: Tensor, k: int, block_size: int = 64) -> tuple[Tensor, Tensor]:

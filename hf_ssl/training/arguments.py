@@ -23,6 +23,13 @@ class SSLTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Images per optimizer step on all processes; accumulation follows from it."},
     )
+    profile: bool = field(
+        default=False,
+        metadata={
+            "help": "Write profile.json, the seconds of loading, views, forward and so on, into the run; on "
+            "a GPU it waits for the device at every border, which slows the run a little."
+        },
+    )
     cached_microbatch_size: int | None = field(
         default=None,
         metadata={

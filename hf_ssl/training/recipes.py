@@ -5,7 +5,6 @@ it belongs is found by looking it up in the method's config, its backbone's conf
 `SSLTrainingArguments`, in this order. Unknown keys are refused with the nearest known name.
 """
 
-import time
 from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import BACKBONE_CONFIGS, SSLConfig, resolve_backbone_config
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.names import unknown_name_message
+from hf_ssl.modeling.shared.precision import has_fast_bf16
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.values import dump_yaml, fit_types, load_yaml, parse_value
 
@@ -27,7 +27,6 @@ TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", *SECTIONS)
 PROCESSOR_KEYS = frozenset({"views", "image_mean", "image_std"})
 TOKEN_KEY = "hub_token"  # is used, and never written: files of a run are copied and published
 AUTO_BF16 = "auto"
-BF16_WORTH_IT = 1.3  # gain of a bare product below which casts and eager attention eat it up
 
 # Of each pair the second follows from, or yields to, the first: who overrides one means it to count.
 _RIVALS = (
@@ -357,41 +356,6 @@ def training_arguments(recipe: Recipe, output_dir: str) -> SSLTrainingArguments:
         return SSLTrainingArguments(output_dir=output_dir, **values)
     except (ValueError, TypeError) as error:
         raise RecipeError(_innermost_message(error)) from error
-
-
-def has_fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU on which it was measured.
-
-    CPU flags do not tell: a virtual machine can show `avx512_bf16` and run bf16 at half the speed of fp32.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    seconds = _seconds_of_products([torch.float32, torch.bfloat16])
-    return seconds[torch.bfloat16] < seconds[torch.float32] / BF16_WORTH_IT
-
-
-def _seconds_of_products(dtypes: list[Any], rounds: int = 12) -> dict[Any, float]:
-    """Best time of a small matrix product in each type, about 50 ms in all.
-
-    Taken in turns and on one thread: threads that wait for a busy neighbour would be counted as work.
-    """
-    import torch
-
-    matrices = {dtype: torch.randn(384, 384).to(dtype) for dtype in dtypes}
-    best = dict.fromkeys(dtypes, float("inf"))
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(rounds):
-            for dtype, matrix in matrices.items():
-                start = time.process_time()
-                matrix @ matrix
-                best[dtype] = min(best[dtype], time.process_time() - start)
-    finally:
-        torch.set_num_threads(num_threads)
-    return best
 
 
 def _check_keys(section: str, values: dict[str, Any], known: Set[str]) -> None:

@@ -10,6 +10,7 @@ The order of one optimizer step stands here and nowhere else:
     end_step            teacher, queue, centre                                   (on_optimizer_step)
 """
 
+import contextlib
 import functools
 import logging
 import math
@@ -43,6 +44,7 @@ from hf_ssl.training.progress import ReadableLog
 from hf_ssl.training.publishing import PublishingTrainer
 from hf_ssl.training.resuming import ResumingTrainer
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
+from hf_ssl.training.step_clock import Profile, StepClock
 from hf_ssl.training.step_protocol import StepProtocol
 
 __all__ = ["SSLTrainer", "TrainingDiverged"]
@@ -90,6 +92,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self._step_batches: list[dict[str, Tensor]] = []
         self._updates: list[dict[str, Tensor]] = []
         self._guard = DivergenceGuard(args)
+        self.clock = StepClock()
+        self._optimizing = contextlib.ExitStack()
         self._parts: dict[str, list[Tensor]] = {}
         check_batch(model, args)
         if args.lora_rank is not None:
@@ -116,6 +120,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
+        self.add_callback(Profile(self.clock))
         self.add_callback(StepProtocol(self))
         if (guard := build_guard(self)) is not None:
             self.add_callback(guard)
@@ -157,7 +162,11 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self, epoch_iterator: Iterator[dict[str, Tensor]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Tensor]], None]:
         """All micro-batches of one step, each row numbered in the global batch: (j * W + r) * B + i."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        made = self.loader.seconds_of_making
+        with self.clock.span("loading"):
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not self.args.dataloader_num_workers:
+            self.clock.move(self.loader.seconds_of_making - made, "loading", "views")
         self._step_batches = model_inputs(batches, self.args.process_index, self.args.world_size)
         return self._step_batches, None
 
@@ -178,6 +187,10 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
 
     def start_step(self, step: int) -> None:
         """Schedules and targets; called with the 0-based step before its first forward."""
+        with self.clock.span("teacher"):
+            self._start_step(step)
+
+    def _start_step(self, step: int) -> None:
         self._updates = []
         self._set_weight_decay(step)
         self.model.hold_backbone(step < self.head_warmup_steps)
@@ -198,7 +211,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch; keeps what `end_step` and the log need."""
-        outputs: SSLOutput = model(**inputs)
+        with self.clock.span("forward"):
+            outputs: SSLOutput = model(**inputs)
         loss = self._keep(outputs)
         return (loss, outputs) if return_outputs else loss
 
@@ -206,14 +220,18 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of one micro-batch, or of a whole batch by gradient caching."""
-        if self.args.cached_microbatch_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+        with self.clock.span("backward"):  # all that is not forward
+            if self.args.cached_microbatch_size is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            return self._cached_training_step(model, inputs, self.args.cached_microbatch_size)
+
+    def _cached_training_step(self, model: torch.nn.Module, inputs: dict[str, Any], size: int) -> Tensor:
         model.train()
         scaler = self.accelerator.scaler
         outputs = backward_through_cache(
             model,
             self.model,
-            PreparedOnAccess(cut(inputs, self.args.cached_microbatch_size), self._prepare_inputs),
+            PreparedOnAccess(cut(inputs, size), self._prepare_inputs),
             autocast=self.accelerator.autocast,
             no_sync=functools.partial(self.accelerator.no_sync, model),
             scale=(lambda loss: loss) if scaler is None else scaler.scale,
@@ -235,13 +253,18 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             TrainingDiverged: a loss of the step was NaN or infinite. Looked at here only where that costs no
                 waiting for a device; elsewhere before every log entry and checkpoint.
         """
+        self._optimizing.close()
         if self.args.device.type == "cpu":
             self._guard.check_losses(step + 1)
-        with torch.no_grad():
+        with torch.no_grad(), self.clock.span("teacher"):
             self.model.end_step(self._updates)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
         self._drop_gradients(self.model.held_backbone_parameters())
+        with self.clock.span("optimizer"):
+            return self._clip(model)
+
+    def _clip(self, model: torch.nn.Module) -> Tensor | float:
         if self.args.clip_mode == "global":
             return super()._clip_grad_norm(model)
         pieces = [[parameter] for parameter in model.parameters()]
@@ -257,8 +280,10 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     def hold_parameters(self) -> None:
         """What stands still in this step gets no gradient; after clipping, which official code does first.
 
-        A backbone that is held has lost its own before: heads alone are clipped.
+        A backbone that is held has lost its own before: heads alone are clipped. The optimizer follows, until
+        `finish_step`.
         """
+        self._optimizing.enter_context(self.clock.span("optimizer"))
         self._drop_gradients(self.model.held_parameters())
         self._drop_gradients(self.model.held_backbone_parameters())
 
@@ -340,7 +365,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         if self.probe is None:
             return {}
         # Of the first process in all: BatchNorm statistics differ a little between them.
-        named = on_first_process(self.args, self._probe) | self.floors
+        with self.clock.span("evaluation"):
+            named = on_first_process(self.args, self._probe) | self.floors
         scores = {f"{metric_key_prefix}_{name}": value for name, value in named.items()}
         self.log(scores)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -385,7 +411,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         """
         self._guard.check_losses(self.state.global_step)
         self._guard.check_weights(self.model, self.state.global_step)
-        super()._save_checkpoint(model, trial)
+        with self.clock.span("saving"):
+            super()._save_checkpoint(model, trial)
 
 
 class _Unsized(torch.utils.data.IterableDataset[Any]):

@@ -62,3 +62,24 @@ def test_ctrl_c_stops_two_processes_after_the_same_step(tmp_path: Path):
     assert found, output
     checkpoint = tmp_path / "runs" / "mae_tiny" / f"checkpoint-{found[1]}"
     assert (checkpoint / "rng_state_1.pth").is_file() and (checkpoint / "trainer_state.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_embed_into_the_file_of_one(tmp_path: Path):
+    from transformers import ViTImageProcessor
+
+    from tests.evaluation.tiny import tiny_vit
+
+    tiny_vit(image_size=8).save_pretrained(tmp_path / "encoder")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path / "encoder")
+    options = ["embed", "encoder", "--dataset", "sample", "--split", "test", "--config_name", "queries"]
+    options += ["--batch_size", "4", "--limit", "300"]  # parts of 128 images
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    for prefix, name in (([], "one.parquet"), (torchrun, "two.parquet")):
+        command = [sys.executable, *prefix, "-m", "hf_ssl.cli.main", *options, "--output", name]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("features") == 1
+    assert (tmp_path / "one.parquet").read_bytes() == (tmp_path / "two.parquet").read_bytes()
+    assert not (tmp_path / "two.parquet.parts").exists()

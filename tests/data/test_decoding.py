@@ -7,12 +7,26 @@ import pytest
 import torch
 from PIL import Image
 
+from hf_ssl.data import decoding
 from hf_ssl.data.views import BrokenImageError, decode_image
 
 RNG = np.random.default_rng(0)
 RGB = RNG.integers(0, 256, (7, 5, 3), dtype=np.uint8)
 GRAY = RNG.integers(0, 256, (7, 5), dtype=np.uint8)
 SIXTEEN = RNG.integers(0, 65536, (7, 5)).astype(np.uint16)
+
+
+@pytest.fixture(params=["simplejpeg", "torchvision", "pillow"], autouse=True)
+def decoder(request, monkeypatch):
+    """Every test runs with each decoder of JPEG files that may be there."""
+    if request.param == "simplejpeg":
+        pytest.importorskip("simplejpeg", reason="comes with the extra `fast`")
+        monkeypatch.setattr(decoding, "decode_jpeg", None)  # must not be needed
+    else:
+        monkeypatch.setattr(decoding, "simplejpeg", None)
+    if request.param == "pillow":
+        monkeypatch.setattr(decoding, "decode_jpeg", None)
+    return request.param
 
 
 def encode(image: Image.Image, file_format: str = "PNG", **options) -> bytes:
@@ -56,8 +70,9 @@ def test_lossless_images_come_back_as_rgb(data, expected):
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_jpeg_decodes_as_pillow_does(mode):
-    data = encode(smooth(mode), "JPEG", quality=80)
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_jpeg_decodes_as_pillow_does(mode, options):
+    data = encode(smooth(mode), "JPEG", quality=80, **options)
     assert np.array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data)).convert("RGB")))
 
 

@@ -132,3 +132,16 @@ def test_source_without_images_is_refused(encoder, processor, tmp_path):
     with pytest.raises(ValueError, match="no readable image"):
         embed(encoder, processor, [{"image": b""}], tmp_path / "all.parquet")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_precision_is_part_of_the_settings_and_near_full_precision(encoder, processor, rows, tmp_path):
+    attention = encoder.config._attn_implementation
+    features = []
+    for name, dtype in (("full", None), ("half", torch.bfloat16)):
+        path = embed(encoder, processor, rows, tmp_path / f"{name}.parquet", dtype=dtype, **SETTINGS)
+        features.append(torch.tensor(pq.read_table(path)["features"].to_pylist()))
+    assert torch.nn.functional.cosine_similarity(*features).min() > 0.999
+    assert not torch.equal(*features)
+    assert encoder.config._attn_implementation == attention
+    with pytest.raises(ValueError, match="made with another dtype"):
+        embed(encoder, processor, rows, tmp_path / "half.parquet", **SETTINGS)

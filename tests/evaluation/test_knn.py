@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from hf_ssl.evaluation.knn import knn_accuracy, knn_scores, largest
+from hf_ssl.evaluation.knn import knn_accuracy, knn_scores, largest, nearest_neighbors
 
 
 @pytest.mark.parametrize("num_neighbors", [1, 5, 20])
@@ -75,6 +75,21 @@ def test_selection_by_blocks_finds_what_sorting_finds(num_columns, k):
     expected = scores.sort(dim=1, descending=True)
     assert torch.equal(values, expected.values[:, :k])
     assert torch.equal(columns, expected.indices[:, :k])
+
+
+@pytest.mark.parametrize("spread", [1.5, 0.01])  # far apart; and so near that bfloat16 tells nothing apart
+def test_candidates_chosen_in_half_precision_give_the_neighbors_of_full_precision(spread):
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(20, 64, generator=generator)
+    vectors = centers[torch.randint(0, 20, (3000,), generator=generator)]
+    vectors = torch.nn.functional.normalize(
+        vectors + spread * torch.randn(3000, 64, generator=generator), dim=1
+    )
+    query, bank = vectors[:100], vectors[100:]
+    cosines, rows = nearest_neighbors(query, bank, 10, chunk_size=33, in_bf16=True)
+    expected = (query @ bank.T).topk(10, dim=1)
+    assert_close(cosines, expected.values)
+    assert_close((query @ bank.T).gather(1, rows), expected.values)
 
 
 def test_centering_undoes_a_common_offset(clusters):

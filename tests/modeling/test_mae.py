@@ -88,7 +88,8 @@ def test_forward_matches_the_authors_model(authors):
     """Mistakes 4 to 12: the class token's position, gathered positions, mask tokens in the decoder alone,
     restored order, normalised targets; visible patches stand in the order of their noise."""
     case, model = authors
-    outputs = model(case["img"], noise=case["noise"])
+    near(model(case["img"], noise=case["noise"]).loss, case["loss"])
+    outputs = model.eval()(case["img"], noise=case["noise"])
     near(outputs.loss, case["loss"])
     near(outputs.predictions, case["pred"])
     kept = case["noise"].argsort(dim=1)[:, :4]
@@ -162,7 +163,7 @@ def test_first_half_of_a_position_encodes_the_column():
 
 def test_loss_ignores_predictions_of_visible_patches():
     """Mistakes 5 and 6: gradient of the prediction is exactly zero where a patch was seen."""
-    model = ROW.build()
+    model = ROW.build().eval()  # while training, such patches are not predicted
     captured = {}
     model.student.head.predict.register_forward_hook(
         lambda module, inputs, output: (output.retain_grad(), captured.update(prediction=output))[0]
@@ -171,6 +172,22 @@ def test_loss_ignores_predictions_of_visible_patches():
     outputs.loss.backward()
     gradient = captured["prediction"].grad
     assert not gradient[~outputs.is_masked].any() and gradient[outputs.is_masked].any()
+
+
+def test_training_predicts_the_hidden_patches_alone_with_the_same_loss_and_gradients():
+    model = ROW.build().double()
+    pixels, noise = ROW.images(3).double(), torch.rand(3, 16, generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for training in (True, False):
+        model.train(training).zero_grad()
+        outputs = model(pixels, noise=noise)
+        outputs.loss.backward()
+        assert (outputs.predictions is None) == training
+        gradients.append(
+            [outputs.loss, *(weight.grad for weight in model.parameters() if weight.requires_grad)]
+        )
+    for while_training, whole in zip(*gradients, strict=True):
+        near(while_training, whole)
 
 
 def test_hidden_pixels_do_not_reach_the_encoder():
@@ -285,7 +302,7 @@ def test_masks_of_unequal_size_or_that_hide_all_or_nothing_are_refused(hidden):
 
 
 def test_images_of_another_size_are_reconstructed():
-    outputs = ROW.build()(torch.randn(2, 3, 24, 8))
+    outputs = ROW.build().eval()(torch.randn(2, 3, 24, 8))
     assert outputs.predictions.shape == (2, 12, 48) and outputs.loss.isfinite()
 
 

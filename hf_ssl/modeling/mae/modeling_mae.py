@@ -2,8 +2,9 @@
 
 Source: He et al. 2021 (arXiv 2111.06377), section 3; compared with the authors' `models_mae.py`. Deliberate
 differences: visible patches are gathered before their projection (equal to 1e-6, a quarter of the work), and
-the bias of the patch projection starts at 0 instead of torch's default.
-Shape suffixes: B = images, N = patches, M = visible patches, D = encoder width, E = decoder width,
+while training not predicted, as they have no loss; the bias of the patch projection starts at 0 instead of
+torch's default.
+Shape suffixes: B = images, N = patches, M = some of them, D = encoder width, E = decoder width,
 P = pixel values of a patch, 3 * patch_size**2.
 """
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.backbone import build_backbone
 from hf_ssl.modeling.shared.distributed import world_size
-from hf_ssl.modeling.shared.losses import masked_patch_loss
+from hf_ssl.modeling.shared.losses import masked_patch_loss, patch_loss
 from hf_ssl.modeling.shared.masks import num_kept_patches, random_masking
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import normalize_patches, patch_grid, patchify
@@ -47,16 +48,23 @@ class MAEDecoder(PatchPredictor):
         )
         self.num_prefix_tokens = encoder.num_prefix_tokens
 
-    def forward(self, tokens_BTD: Tensor, restore_index_BN: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Predict all patches.
+    def forward(
+        self,
+        tokens_BTD: Tensor,
+        restore_index_BN: Tensor,
+        grid: tuple[int, int],
+        wanted_index_BM: Tensor | None = None,
+    ) -> Tensor:
+        """Predict patches.
 
         Args:
             tokens_BTD: encoder tokens, prefix first, then the M visible patches in shuffled order.
             restore_index_BN: place of every patch in the order (visible, hidden).
             grid: (rows, columns) of patches; positions are resized where it is not the training grid.
+            wanted_index_BM: patches to predict; None: all.
 
         Returns:
-            Predicted pixels (B, N, P), inner order (row, column, channel).
+            Predicted pixels (B, N, P) or (B, M, P), inner order (row, column, channel).
         """
         tokens_BTE = self.embed(tokens_BTD)
         prefix, visible = tokens_BTE.split(
@@ -67,7 +75,10 @@ class MAEDecoder(PatchPredictor):
         index = restore_index_BN.unsqueeze(-1).expand(-1, -1, visible.shape[-1])
         patches_BNE = torch.cat([visible, hidden], dim=1).gather(1, index) + self.positions(grid)
         states, _ = self.layers.run(torch.cat([prefix, patches_BNE], dim=1))
-        return self.predict(self.layernorm(states[-1])[:, self.num_prefix_tokens :])
+        patches_BNE = states[-1][:, self.num_prefix_tokens :]
+        if wanted_index_BM is not None:
+            patches_BNE = patches_BNE.gather(1, wanted_index_BM[:, :, None].expand(-1, -1, index.shape[-1]))
+        return self.predict(self.layernorm(patches_BNE))
 
 
 class MAEBranch(nn.Module):
@@ -124,8 +135,8 @@ class MAEForPreTraining(SSLForPreTraining):
             bool_masked_pos: (B, N) bool chooses masks instead, True = hidden; equal counts per image.
 
         Returns:
-            `loss`: squared error of hidden patches, about 1 for a constant guess; `predictions` (B, N, P) in
-            units of the (normalised) targets; `is_masked` (B, N).
+            `loss`: squared error of hidden patches, about 1 for a constant guess; `is_masked` (B, N);
+            `predictions` (B, N, P) in units of the (normalised) targets, None while training.
 
         Raises:
             ValueError: no patch would stay visible, or masks of unequal size.
@@ -134,14 +145,21 @@ class MAEForPreTraining(SSLForPreTraining):
         num_kept = self._num_kept(noise_BN, bool_masked_pos)
         kept_index_BM, restore_index_BN, is_masked_BN = random_masking(noise_BN, num_kept)
         tokens = self.student.backbone(pixel_values, kept_index=kept_index_BM).last_hidden_state
-        predictions_BNP = self.student.head(tokens, restore_index_BN, self._grid(pixel_values))
-        targets_BNP = patchify(pixel_values, self.config.encoder_config.patch_size)
-        if self.config.normalize_targets:
-            targets_BNP = normalize_patches(targets_BNP)
+        # Without a loss of their own, visible patches are predicted for the eye alone.
+        wanted_index_BM = restore_index_BN.argsort(dim=1)[:, num_kept:] if self.training else None
+        predictions = self.student.head(tokens, restore_index_BN, self._grid(pixel_values), wanted_index_BM)
+        with torch.no_grad():
+            targets = patchify(pixel_values, self.config.encoder_config.patch_size, wanted_index_BM)
+            if self.config.normalize_targets:
+                targets = normalize_patches(targets)
+        if wanted_index_BM is None:
+            loss = masked_patch_loss(predictions, targets, is_masked_BN)
+        else:
+            loss = patch_loss(predictions, targets)
         return SSLOutput(
-            loss=masked_patch_loss(predictions_BNP, targets_BNP, is_masked_BN),
+            loss=loss,
             features=tokens.detach().mean(dim=1),
-            predictions=predictions_BNP.detach(),
+            predictions=predictions.detach() if wanted_index_BM is None else None,
             is_masked=is_masked_BN,
         )
 

@@ -203,6 +203,12 @@ def masked_patch_loss(prediction_BNP: Tensor, target_BNP: Tensor, is_masked_BN: 
         return (error_BNP.square().mean(dim=2) * is_masked_BN).sum() / is_masked_BN.sum()
 
 
+def patch_loss(prediction_BMP: Tensor, target_BMP: Tensor) -> Tensor:
+    """Mean squared error of patches, all of which were hidden: `masked_patch_loss` without the others."""
+    with without_autocast(prediction_BMP):
+        return F.mse_loss(full_precision(prediction_BMP), full_precision(target_BMP.detach()))
+
+
 def koleo_loss(features_BD: Tensor, group_size: int | None = None) -> Tensor:
     """Spread of unit features: minus the mean log distance of each to its nearest neighbour in its group.
 

@@ -26,13 +26,29 @@ def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
     return torch.unflatten(columns_split, 2, (-1, patch_size))  # B, C, rows, y, columns, x
 
 
-def patchify(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
-    """Reconstruction targets: patches (B, N, P) with inner order (row, column, channel).
+def patchify(pixel_values_BCHW: Tensor, patch_size: int, index_BM: Tensor | None = None) -> Tensor:
+    """Reconstruction targets: patches with inner order (row, column, channel).
+
+    Args:
+        pixel_values_BCHW: images.
+        patch_size: side of a patch.
+        index_BM: row-major indices of the patches wanted, in the order wanted; None: all.
+
+    Returns:
+        (B, N, P), or (B, M, P).
 
     Raises:
         ValueError: height or width is not a multiple of `patch_size`.
     """
-    return _split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    patches = _split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 3, 5, 1)
+    return patches.flatten(3).flatten(1, 2) if index_BM is None else _select(patches, index_BM)
+
+
+def _select(patches: Tensor, index_BM: Tensor) -> Tensor:
+    """Patches (B, M, P) of (B, rows, columns, ...); indexing a permuted view copies only what is wanted."""
+    num_columns = patches.shape[2]
+    image_B1 = torch.arange(len(patches), device=patches.device)[:, None]
+    return patches[image_B1, index_BM // num_columns, index_BM % num_columns].flatten(2)
 
 
 def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> Tensor:
@@ -50,8 +66,10 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
 def normalize_patches(target_BNP: Tensor, eps: float = 1e-6) -> Tensor:
     """Every patch to mean 0, variance 1 over all its values jointly (unbiased variance, eps in the root)."""
     target_BNP = full_precision(target_BNP)
-    variance_BN1, mean_BN1 = torch.var_mean(target_BNP, dim=2, keepdim=True)
-    return (target_BNP - mean_BN1) / (variance_BN1 + eps).sqrt()
+    # Twice as fast on a CPU as torch.var_mean.
+    centered_BNP = target_BNP - target_BNP.mean(dim=2, keepdim=True)
+    variance_BN1 = centered_BNP.square().sum(dim=2, keepdim=True) / (target_BNP.shape[2] - 1)
+    return centered_BNP * (variance_BN1 + eps).rsqrt()
 
 
 def gather_pixel_patches(pixel_values_BCHW: Tensor, patch_size: int, kept_index_BM: Tensor) -> Tensor:
@@ -65,9 +83,4 @@ def gather_pixel_patches(pixel_values_BCHW: Tensor, patch_size: int, kept_index_
     Raises:
         ValueError: height or width is not a multiple of `patch_size`.
     """
-    patches = _split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 1, 3, 5)
-    num_columns = patches.shape[2]
-    image_B1 = torch.arange(len(patches), device=patches.device)[:, None]
-    # Indexing the permuted view copies only what is kept.
-    kept = patches[image_B1, kept_index_BM // num_columns, kept_index_BM % num_columns]
-    return kept.flatten(2)
+    return _select(_split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 1, 3, 5), kept_index_BM)

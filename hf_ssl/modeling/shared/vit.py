@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
+from hf_ssl.modeling.shared.losses import without_autocast
 from hf_ssl.modeling.shared.patches import gather_pixel_patches
 from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
 
@@ -38,13 +39,10 @@ def eager_attention_forward(
     weights = torch.matmul(query * scaling, key.transpose(2, 3))
     if attention_mask is not None:
         weights = weights + attention_mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=_at_least_fp32(query.dtype)).to(query.dtype)
+    with without_autocast(weights):  # which would make float32 of them; half precision is summed in it anyway
+        weights = weights.softmax(dim=-1)
     weights = nn.functional.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
-
-
-def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 class SSLViTPatchEmbeddings(nn.Module):

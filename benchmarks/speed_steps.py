@@ -1,0 +1,288 @@
+"""Whole training steps beside lightly's and transformers': forward, backward, optimizer, teacher, queue.
+
+    python benchmarks/speed_steps.py [--rounds 5] [--only "MoCo v2 ResNet-18, K = 4096" ...]
+
+Each side is its own code with the same architecture, batch and kind of optimizer, in float32 and under
+bfloat16 autocast. MiB is the peak memory of model, optimizer and two steps, in a process of its own.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from interleaved import Gate, Part, Timing, in_fresh_process, interleave, peak_memory, timing_rows
+from lightly.models import utils
+from quality_lightly_distillation import DINO
+from quality_lightly_methods import MAE, Method, MoCo, SimCLR
+from torch import Tensor
+from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+from hf_ssl.modeling import METHODS
+from hf_ssl.training.optimizers import build_optimizer
+
+RESNET = {"model_type": "hf_ssl_timm", "architecture": "resnet18", "image_size": 32, "small_stem_stride": 1}
+SMALL_VIT = {
+    "model_type": "hf_ssl_vit",
+    "hidden_size": 192,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 3,
+    "image_size": 32,
+    "patch_size": 4,
+}
+TINY_VIT = {"model_type": "hf_ssl_vit", "hidden_size": 192, "num_attention_heads": 3}  # ViT-Ti/16, 224 px
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SimCLR ResNet-18": {"method": "simclr", "batch": 32, "backbone_config": RESNET},
+    "SimCLR ViT": {"method": "simclr", "batch": 16, "backbone_config": SMALL_VIT},
+    "MoCo v2 ResNet-18, K = 4096": {
+        "method": "moco",
+        "batch": 32,
+        "backbone_config": RESNET,
+        "queue_length": 4096,
+    },
+    "MoCo v2 ResNet-18, K = 65536": {
+        "method": "moco",
+        "batch": 32,
+        "backbone_config": RESNET,
+        "queue_length": 65536,
+    },
+    "MoCo v2 ViT, K = 65536": {
+        "method": "moco",
+        "batch": 16,
+        "backbone_config": SMALL_VIT,
+        "queue_length": 65536,
+    },
+    "MAE ViT-Ti/16": {
+        "method": "mae",
+        "batch": 16,
+        "backbone_config": TINY_VIT,
+        "decoder_hidden_size": 128,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 4,
+    },
+    "DINO ViT-Ti/16, K = 4096": {
+        "method": "dino",
+        "batch": 2,
+        "backbone_config": TINY_VIT,
+        "num_prototypes": 4096,
+    },
+    "DINO ViT-Ti/16, K = 65536": {
+        "method": "dino",
+        "batch": 2,
+        "backbone_config": TINY_VIT,
+        "num_prototypes": 65536,
+    },
+}
+AIMS = {  # ours in bf16 to the peer in bf16, and to the peer in fp32
+    "SimCLR ResNet-18": (1.05, 2.0),
+    "MoCo v2 ResNet-18, K = 4096": (None, 2.0),
+    "MAE ViT-Ti/16": (1.4, 1.6),
+    "DINO ViT-Ti/16, K = 4096": (1.4, 1.8),
+    "DINO ViT-Ti/16, K = 65536": (2.5, 3.0),
+}
+TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
+FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
+MEMORY_AIMS = {"DINO ViT-Ti/16, K = 65536": 0.25}
+LIGHTLY = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "dino": DINO}
+OPTIMIZERS = {"simclr": "sgd", "moco": "sgd", "mae": "adamw", "dino": "adamw"}  # those of lightly's examples
+NUM_LOCAL_VIEWS = 8
+
+Run = Callable[[], Any]
+
+
+def config_of(name: str) -> Any:
+    """Our configuration of a setting."""
+    options = {key: value for key, value in SETTINGS[name].items() if key not in ("method", "batch")}
+    return METHODS[SETTINGS[name]["method"]].config_class(**options)
+
+
+def views_of(name: str) -> tuple[Tensor, Tensor | None]:
+    """Random images: global views (B, V, C, H, W) or (B, C, H, W), and DINO's local ones."""
+    method, batch = SETTINGS[name]["method"], SETTINGS[name]["batch"]
+    size = SETTINGS[name]["backbone_config"].get("image_size", 224)
+    views = torch.randn(2, batch, 3, size, size).transpose(0, 1)
+    if method == "dino":
+        return views, torch.randn(NUM_LOCAL_VIEWS, batch, 3, 96, 96).transpose(0, 1)
+    return (views[:, 0].contiguous(), None) if method == "mae" else (views, None)
+
+
+def autocast(bf16: bool) -> contextlib.AbstractContextManager[Any]:
+    """As the trainer has it."""
+    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+
+
+def our_step(name: str, bf16: bool) -> Run:
+    """The step protocol, as `SSLTrainer` drives it."""
+    method = SETTINGS[name]["method"]
+    model = METHODS[method].pretraining_class(config_of(name)).train()
+    if bf16:
+        model.set_attn_implementation("eager")  # as the trainer does on a CPU
+    if SETTINGS[name]["backbone_config"] is RESNET:
+        model.to(memory_format=torch.channels_last)
+    model.freeze_targets()
+    optimizer = build_optimizer(OPTIMIZERS[method], model.parameter_groups(0.05, False), 1e-4)
+    views, local_views = views_of(name)
+    batch = {"pixel_values": views, "row_index": torch.arange(len(views))}
+    if local_views is not None:
+        batch["local_pixel_values"] = local_views
+    steps = iter(range(10**9))
+
+    def run() -> None:
+        model.begin_step(next(steps), 10**6)
+        with autocast(bf16):
+            model.prepare_step([batch])
+            outputs = model(**batch)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model.end_step([outputs.updates or {}])
+
+    return run
+
+
+def lightly_step(name: str, bf16: bool) -> Run:
+    """lightly's parts in the order of its examples, with torch's default optimizer as they have it."""
+    method = SETTINGS[name]["method"]
+    model: Method = LIGHTLY[method](config_of(name)).train()
+    decayed, undecayed = utils.get_weight_decay_parameters(model.trained)
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": undecayed, "weight_decay": 0.0}]
+    build: Any = {
+        "sgd": partial(torch.optim.SGD, momentum=0.9),
+        "adamw": torch.optim.AdamW,
+    }[OPTIMIZERS[method]]
+    optimizer = build(groups, lr=1e-4)
+    global_views, local_views = views_of(name)
+    views = [global_views] if method == "mae" else list(global_views.unbind(1))
+    views += [] if local_views is None else list(local_views.unbind(1))
+
+    def run() -> None:
+        model.move_teacher(0, 10**6)
+        loss = model.loss(views, partial(autocast, bf16))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def transformers_step(name: str, bf16: bool) -> Run:
+    """MAE of transformers, with the fused AdamW of its Trainer."""
+    config = config_of(name)
+    vit = config.encoder_config
+    model = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=vit.hidden_size,
+            num_hidden_layers=vit.num_hidden_layers,
+            num_attention_heads=vit.num_attention_heads,
+            intermediate_size=vit.intermediate_size,
+            decoder_hidden_size=config.decoder_hidden_size,
+            decoder_num_hidden_layers=config.decoder_num_hidden_layers,
+            decoder_num_attention_heads=config.decoder_num_attention_heads,
+            decoder_intermediate_size=4 * config.decoder_hidden_size,
+            norm_pix_loss=config.normalize_targets,
+        )
+    ).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+    images, _ = views_of(name)
+
+    def run() -> None:
+        with autocast(bf16):
+            loss = model(images).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def runs_of(name: str) -> dict[str, Callable[[], Run]]:
+    """What makes each candidate of a setting."""
+    sides = {"lightly": lightly_step, "ours": our_step}
+    if SETTINGS[name]["method"] == "mae":
+        sides["transformers"] = transformers_step
+    return {
+        f"{side} {'bf16' if bf16 else 'fp32'}": partial(build, name, bf16)
+        for side, build in sides.items()
+        for bf16 in (False, True)
+    }
+
+
+def memory_of(name: str, candidate: str) -> float:
+    """MiB of model, optimizer and two steps; for a process of its own."""
+    torch.manual_seed(0)
+
+    def build_and_run() -> None:
+        run = runs_of(name)[candidate]()
+        run()
+        run()
+
+    return peak_memory(build_and_run)
+
+
+def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) -> list[Gate]:
+    """Promises of one setting."""
+
+    def gate(own: str, peer: str, aim: float | None) -> Gate:
+        pairs = zip(timings[peer].seconds, timings[own].seconds, strict=True)
+        ratios = sorted(theirs / ours for theirs, ours in pairs)
+        return Gate(f"{name}, {own}", peer, ratios[len(ratios) // 2], aim, (ratios[0], ratios[-1]))
+
+    same, other = AIMS.get(name, (None, None))
+    gates = [
+        gate("ours fp32", "lightly fp32", FP32_AIMS.get(name)),
+        gate("ours bf16", "lightly bf16", same),
+        gate("ours bf16", "lightly fp32", other),
+    ]
+    if "transformers fp32" in timings:
+        gates.append(gate("ours bf16", "transformers fp32", TRANSFORMERS_AIM))
+        gates.append(gate("ours fp32", "transformers fp32", None))
+    share = memory["ours fp32"] / memory["lightly fp32"]
+    gates.append(Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True))
+    return gates
+
+
+def main() -> None:
+    """Time all settings and write the report, or print the memory of one candidate."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)  # setting and candidate
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.memory:
+        print(json.dumps(memory_of(*options.memory)))
+        return
+    body = ["One thread. " + " ".join((__doc__ or "").split("\n\n")[2].split())]
+    gates: list[Gate] = []
+    data: dict[str, Any] = {}
+    for name in options.only:
+        torch.manual_seed(0)
+        timings = interleave(
+            {candidate: build() for candidate, build in runs_of(name).items()},
+            reference="lightly fp32",
+            rounds=options.rounds,
+        )
+        memory = {c: in_fresh_process("speed_steps.py", "--memory", name, c) for c in runs_of(name)}
+        batch = SETTINGS[name]["batch"]
+        rows = timing_rows(timings, batch, "images")
+        rows = [
+            f"{row} {cell} |"
+            for row, cell in zip(rows, ["MiB", "---", *(f"{memory[c]:.0f}" for c in timings)], strict=True)
+        ]
+        body += ["", f"## {name}, batch {batch}", "", *rows]
+        gates += gates_of(name, timings, memory)
+        data[name] = {
+            "seconds": {candidate: timing.seconds for candidate, timing in timings.items()},
+            "memory": memory,
+        }
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
+    Part("speed_steps", "Training steps", "speed_steps.py", body, gates, {"settings": data}).write()
+
+
+if __name__ == "__main__":
+    main()
