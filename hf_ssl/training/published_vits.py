@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl.hub.landing_vit import own_vit_state
-from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
 from hf_ssl.modeling.shared.positions import resize_positions
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
+from hf_ssl.training.recipes import own_values
 
 PLAIN = ("vit", "vit_mae", "vit_msn", "ijepa")  # model types of one network
 DINOV2 = ("dinov2", "dinov2_with_registers")
@@ -66,6 +67,8 @@ def backbone_config_of(config: Any, image_size: int | None) -> dict[str, Any] | 
     refuse_foreign(config.model_type)
     if config.model_type == TIMM_WRAPPER:
         return _of_timm(config, image_size)
+    if isinstance(config, SSLConfig):  # of another method of ours
+        return {"model_type": config.backbone_config.model_type, **own_values(config.backbone_config)}  # type: ignore[union-attr]
     if config.model_type not in (*PLAIN, *DINOV2):
         return None
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels",

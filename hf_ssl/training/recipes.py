@@ -249,8 +249,8 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
         processor: its image processor; None: the recipe's own views and normalisation.
     """
     backbone = config.backbone_config
-    model = _own_values(config)
-    model["backbone_config"] = {"model_type": backbone.model_type, **_own_values(backbone)}  # type: ignore
+    model = own_values(config)
+    model["backbone_config"] = {"model_type": backbone.model_type, **own_values(backbone)}  # type: ignore
     options: dict[str, Any] = recipe.processor
     if processor is not None:
         options = {name: getattr(processor, name) for name in sorted(PROCESSOR_KEYS)}
@@ -283,7 +283,8 @@ def with_backbone_of(recipe: Recipe, backbone: dict[str, Any], statistics: dict[
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
 
 
-def _own_values(config: Any) -> dict[str, Any]:
+def own_values(config: Any) -> dict[str, Any]:
+    """Values of the fields that our classes declare."""
     names = _own_fields(type(config)) & _field_names(type(config))
     return {name: getattr(config, name) for name in sorted(names)}
 

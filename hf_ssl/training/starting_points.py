@@ -103,28 +103,32 @@ def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Reci
     if adopt_model and start.is_of(recipe.method):
         logger.info("model     as %s has it", start.location)
         recipe = with_model_of(recipe, start.config, start.processor())
-    elif adopt_model:
-        recipe = _with_published_backbone(recipe, start)
+    elif not start.is_of(recipe.method):
+        try:
+            recipe = _with_encoder(recipe, start, adopt_model)
+        except ANY_ERROR as error:
+            raise _cannot_start(str(start.location), error) from error
     return replace(recipe, init_from=str(start.location))
 
 
-def _with_published_backbone(recipe: Recipe, start: StartingPoint) -> Recipe:
-    """The recipe with the backbone, image size and normalisation of a published encoder."""
-    processor = start.processor() if start.config.model_type != TIMM_WRAPPER else None
-    try:
-        backbone = backbone_config_of(start.config, _image_size(processor))
-    except ValueError as error:
-        raise _cannot_start(str(start.location), error) from error
-    if backbone is None:
-        return recipe
-    if start.config.model_type == TIMM_WRAPPER:
-        statistics = {name: start.config.pretrained_cfg.get(name) for name in ("mean", "std")}
-    else:
-        statistics = {name: getattr(processor, f"image_{name}", None) for name in ("mean", "std")}
-    logger.info("backbone  as %s has it, at %d px", start.location, backbone["image_size"])
-    return with_backbone_of(
-        recipe, backbone, {f"image_{name}": value for name, value in statistics.items() if value is not None}
-    )
+def _with_encoder(recipe: Recipe, start: StartingPoint, adopt_model: bool) -> Recipe:
+    """The recipe with the normalisation of an encoder, unless it has its own; and maybe with its backbone."""
+    is_timm = start.config.model_type == TIMM_WRAPPER
+    processor = None if is_timm else start.processor()
+    statistics = {}
+    for name in ("mean", "std"):
+        value = (
+            start.config.pretrained_cfg.get(name) if is_timm else getattr(processor, f"image_{name}", None)
+        )
+        if value is not None:
+            statistics[f"image_{name}"] = list(value)
+    backbone = backbone_config_of(start.config, _image_size(processor)) if adopt_model else None
+    if backbone is not None:
+        logger.info("backbone  as %s has it, at %d px", start.location, backbone["image_size"])
+        return with_backbone_of(recipe, backbone, statistics)
+    if statistics:
+        logger.info("images    normalised as %s has it, unless the recipe says how", start.location)
+    return replace(recipe, processor={**statistics, **recipe.processor})
 
 
 def _image_size(processor: Any) -> int | None:

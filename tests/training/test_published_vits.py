@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_ssl.training.recipes import Recipe, RecipeError, load_recipe, override
 from hf_ssl.training.starting_points import build_model, with_start
+from tests.modeling.tiny import BY_NAME
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4,
@@ -127,6 +128,26 @@ def test_the_size_and_normalisation_of_its_processor_are_taken(tmp_path: Path):
     assert recipe.config().image_size == 28
     assert recipe.processor["image_mean"] == [0.1, 0.2, 0.3]
     assert [view.get("size", 28) for view in recipe.processor["views"]] == [28, 28, 14]
+
+
+def test_a_named_recipe_keeps_its_views_and_normalises_as_the_encoder(tmp_path: Path):
+    save_native(tmp_path, "ViT", intermediate_size=64)
+    transformers.ViTImageProcessor(image_mean=[0.1, 0.2, 0.3]).save_pretrained(tmp_path)
+    recipe = load_recipe("dinov2_tiny")
+    started_there = with_start(recipe, str(tmp_path), adopt_model=False)
+    assert started_there.processor["image_mean"] == [0.1, 0.2, 0.3]
+    assert started_there.processor["views"] == recipe.processor["views"]
+    assert started_there.model == recipe.model
+    recipe.processor["image_mean"] = [0.4, 0.4, 0.4]
+    assert with_start(recipe, str(tmp_path), adopt_model=False).processor["image_mean"] == [0.4, 0.4, 0.4]
+
+
+def test_the_backbone_of_another_method_is_taken(tmp_path: Path):
+    source = BY_NAME["mae"].build(seed=3)
+    source.save_pretrained(tmp_path)
+    model = started(tmp_path, "simclr")
+    pixels = torch.rand(2, 3, 16, 16)
+    assert torch.equal(features(model, pixels), features(source.eval(), pixels))
 
 
 def test_a_named_recipe_with_other_heads_of_attention_is_refused(tmp_path: Path):
