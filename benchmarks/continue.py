@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--steps", type=int, default=400, help="Of the first training and of each further one."
     )
-    parser.add_argument("--learning_rate", type=float, default=5e-4, help="Of the further training.")
+    parser.add_argument("--learning_rate", type=float, default=2e-3, help="Of the further training.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "continue.md")
     return parser.parse_args()
@@ -69,7 +69,7 @@ def main() -> int:
         for row in rows
     ]  # fmt: skip
     body = [
-        f"kNN of the encoder on 2,000 test images. {options.steps} steps of SimCLR, heads thrown away, then "
+        f"kNN of the encoder on 2,000 test images. {options.first_steps} steps of SimCLR, heads thrown away, then "
         f"{options.steps} steps of {options.method} at learning rate {options.learning_rate:g}.",
         "",
         *table(header, cells),
@@ -83,14 +83,19 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> list[dict[s
     """Train an encoder and go on with it in every way; one row each."""
     shared = {
         "dataset": options.data, "split": "train", "probe_dataset": options.data, "probe_linear": False,
-        "max_steps": options.steps, "eval_steps": max(options.steps // 8, 1), "save_steps": options.steps,
+        "eval_steps": max(options.steps // 6, 1), "save_steps": max(options.steps, options.first_steps),
         "seed": seed, "disable_tqdm": True, "report_to": "none",
     }  # fmt: skip
-    first = run("simclr", folder / "first", **shared)
+    first = run("simclr", folder / "first", max_steps=options.first_steps, **shared)
     rows = []
     for number, (way, changes) in enumerate(WAYS.items()):
         began = time.process_time()
-        options_of_way = {**shared, "learning_rate": options.learning_rate, **changes}
+        options_of_way = {
+            **shared,
+            "max_steps": options.steps,
+            "learning_rate": options.learning_rate,
+            **changes,
+        }
         went_on = run(
             options.method,
             folder / str(number),
@@ -110,7 +115,7 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> list[dict[s
 
 
 def run(method: str, folder: Path, **options: Any) -> Run:
-    """A run of the small recipe of a method, with the small ViT."""
+    """A run of the small recipe of a method with the small ViT."""
     return train(recipe=f"{method}_small", output_dir=str(folder), **VIT, **options)
 
 

@@ -25,7 +25,7 @@ from hf_ssl.training.published_vits import (
     refuse_foreign,
     start_vit,
 )
-from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_model_of
+from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_distiller_of, with_model_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ PREFIXES = (  # of the network's tensors in our encoders and in transformers' wr
     "timm_model.",
     "network.",
 )
+DISTILLING = "dinov2"  # the method with a frozen teacher
 ANY_ERROR = (OSError, RuntimeError, TypeError, ValueError)  # of loading what may not be there
 
 
@@ -140,12 +141,50 @@ def _image_size(processor: Any) -> int | None:
     return None
 
 
+def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
+    """The recipe of a student that learns from a frozen teacher, written down to the commit.
+
+    Args:
+        recipe: left as it is.
+        distill_from: a pre-training checkpoint of DINOv2 with its heads; None: no such teacher.
+
+    Raises:
+        RecipeError: there is none, or the method knows no frozen teacher.
+    """
+    if distill_from is None:
+        return recipe
+    if recipe.method != DISTILLING:
+        raise RecipeError(f"distill_from is for {DISTILLING}; {recipe.method} has no frozen teacher")
+    start = find_starting_point(distill_from)
+    if not start.is_of(recipe.method):
+        raise RecipeError(
+            f"cannot distill from '{start.location}': it is a {start.config.model_type} without the heads of "
+            f"{DISTILLING}; give a run of {DISTILLING}, or a repository that has its pretraining/ folder"
+        )
+    logger.info("distilled from %s, which stands still", start.location)
+    return replace(with_distiller_of(recipe, start.config), distill_from=str(start.location))
+
+
 def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
-    """The recipe's model, fresh or started from `init_from`.
+    """The recipe's model, fresh or started from `init_from`, with the frozen teacher of `distill_from`.
 
     Raises:
         RecipeError: there is nothing to start from, or it does not fit.
     """
+    model = _build_model(recipe, config)
+    if recipe.distill_from is not None:
+        start = find_starting_point(recipe.distill_from)
+        try:
+            source = start.location.load(type(model), start.subfolder)
+            model.take_distiller(source)  # type: ignore[operator]
+        except ANY_ERROR as error:
+            raise RecipeError(
+                f"cannot distill from '{recipe.distill_from}': {' '.join(str(error).split())}"
+            ) from error
+    return model
+
+
+def _build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     model_class = METHODS[recipe.method].pretraining_class
     if recipe.init_from is None:
         if recipe.training.get("lora_rank"):

@@ -290,3 +290,47 @@ def test_a_run_from_an_encoder_says_so_and_warms_its_heads_up(
     assert "backbone  as" in caplog.text and "features equal to" in caplog.text
     assert run.trainer.head_warmup_steps == 0  # a tenth of four steps
     assert load_recipe(str(run.folder / "recipe.yaml")).config().backbone_config.hidden_size == 16
+
+
+# A smaller student of a frozen teacher
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A trained DINOv2 with its heads."""
+    row = BY_NAME["dinov2"]
+    model = row.build(seed=9, backbone_config={"hidden_size": 24, "num_hidden_layers": 3})
+    model.save_pretrained(tmp_path / "large")
+    METHODS["dinov2"].processor_class.for_image_size(16).save_pretrained(tmp_path / "large")
+    return tmp_path / "large"
+
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16,
+    "head_hidden_size": 16, "head_bottleneck_size": 8,
+}  # fmt: skip
+
+
+def test_a_small_student_learns_from_a_frozen_run_and_lands_alone(
+    large: Path, image_folder: Path, tmp_path: Path
+):
+    run = small_run(tmp_path / "run", image_folder, distill_from=str(large), **SMALL)
+    there = load_file(large / "model.safetensors")
+    model = METHODS["dinov2"].pretraining_class.from_pretrained(run.folder)
+    for name, value in model.distiller.state_dict().items():
+        assert torch.equal(value, there[f"teacher.{name}"]), name
+    assert AutoModel.from_pretrained(run.folder / "encoder").config.hidden_size == 16
+    assert model.config.num_prototypes == 24 and model.config.backbone_config.drop_path_rate == 0
+    assert load_recipe(str(run.folder / "recipe.yaml")).distill_from == str(large)
+    expected = state_of(run.trainer)
+    resumed = train(resume=str(run.folder / "checkpoint-2"))
+    assert_equal_states(state_of(resumed.trainer), expected)
+    went_on = small_run(tmp_path / "second", image_folder, init_from=str(run.folder))
+    assert went_on.trainer.model.distiller is not None
+
+
+def test_what_has_no_heads_teaches_nobody(encoder: Path, large: Path, image_folder: Path, tmp_path: Path):
+    with pytest.raises(RecipeError, match="cannot distill from .* without the heads of dinov2"):
+        small_run(tmp_path / "run", image_folder, distill_from=str(encoder))
+    with pytest.raises(RecipeError, match="distill_from is for dinov2; simclr has no frozen teacher"):
+        small_run(tmp_path / "run", image_folder, "simclr", distill_from=str(large))

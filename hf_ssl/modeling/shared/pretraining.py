@@ -108,7 +108,7 @@ class SSLModel(SSLPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [
         r"(^|\.)(patch_)?head\.",
         r"(^|\.)patch_prototypes\.",
-        r"^(student|teacher|queue|predictor|(patch_)?center|anchor)\b",
+        r"^(student|teacher|queue|predictor|(patch_)?center|anchor|distiller)\b",
     ]
 
     def __init__(self, config: SSLConfig) -> None:
