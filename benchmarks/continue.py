@@ -69,8 +69,8 @@ def main() -> int:
         for row in rows
     ]  # fmt: skip
     body = [
-        f"kNN of the encoder on 2,000 test images. {options.first_steps} steps of SimCLR, heads thrown away, then "
-        f"{options.steps} steps of {options.method} at learning rate {options.learning_rate:g}.",
+        f"kNN of the encoder on 2,000 test images. {options.first_steps} steps of SimCLR, heads thrown away, "
+        f"then {options.steps} steps of {options.method} at learning rate {options.learning_rate:g}.",
         "",
         *table(header, cells),
     ]
