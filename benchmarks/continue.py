@@ -46,9 +46,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="kNN of an encoder that training goes on with.")
     parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "cifar10"))
     parser.add_argument("--method", default="dinov2")
-    parser.add_argument(
-        "--steps", type=int, default=400, help="Of the first training and of each further one."
-    )
+    parser.add_argument("--first_steps", type=int, default=900, help="Of the first training.")
+    parser.add_argument("--steps", type=int, default=300, help="Of each further one.")
     parser.add_argument("--learning_rate", type=float, default=2e-3, help="Of the further training.")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=RESULTS / "continue.md")

@@ -52,6 +52,7 @@ class DINOv2Config(SSLDistillationConfig):
     gram_warmup: float | int = 1000  # on half a cosine to its weight
     gram_update_every: int = 0  # steps between new anchors after the start; 0: none
     gram_max_updates: int = 3
+    gram_negatives: str = "kept"  # similarities below 0; or "zero", or "zero_in_anchor"
 
     # Distillation into a smaller model (section 5): fields of the DINOv2Config of a frozen, larger teacher
     # that makes all targets; None: targets come from the student's own average.
@@ -124,6 +125,10 @@ class DINOv2Config(SSLDistillationConfig):
         for name in names:
             if getattr(self, f"gram_{name}") < 0:
                 raise ValueError(f"gram_{name} must be >= 0, got {getattr(self, f'gram_{name}')}")
+        if self.gram_negatives not in ("kept", "zero", "zero_in_anchor"):
+            raise ValueError(
+                f"gram_negatives must be kept, zero or zero_in_anchor, got '{self.gram_negatives}'"
+            )
         same_unit = (self.gram_snapshot < 1) == (self.gram_start < 1)
         if same_unit and self.gram_start < self.gram_snapshot:
             raise ValueError(

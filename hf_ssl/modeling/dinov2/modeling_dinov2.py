@@ -244,7 +244,7 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
             tokens = self.anchor.backbone(join_views(anchor_pixel_values, NUM_GLOBAL_VIEWS)).last_hidden_state
             prefix = self.config.backbone_config.num_prefix_tokens  # type: ignore[union-attr]
             targets = shrink_patches(tokens[:, prefix:], (rows, columns), grid)
-        return gram_loss(patches_BGND.transpose(0, 1).flatten(0, 1), targets)
+        return gram_loss(patches_BGND.transpose(0, 1).flatten(0, 1), targets, self.config.gram_negatives)
 
     def forward(  # type: ignore[override]  # as for all methods with small crops, before the rows
         self,
