@@ -252,8 +252,9 @@ def gram_loss(student_BND: Tensor, anchor_BND: Tensor, negatives: str = "kept") 
     Args:
         student_BND: patch features, any norm; the only input that receives a gradient.
         anchor_BND: features of the same patches by an earlier teacher; may have another width.
-        negatives: cosines below 0 count as they are ("kept"), as 0 in both ("zero", the authors' `remove_neg`)
-            or as 0 in the anchor alone ("zero_in_anchor", what their `remove_only_teacher_neg` does).
+        negatives: cosines below 0 count as they are ("kept"), as 0 in both ("zero", the authors'
+            `remove_neg`) or as 0 in the anchor alone ("zero_in_anchor", what their `remove_only_teacher_neg`
+            does).
 
     Returns:
         Scalar, 0 where both have the same similarities.
