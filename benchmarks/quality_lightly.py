@@ -117,8 +117,8 @@ class LightlyRun:
             if parameter.grad is not None:
                 nn.utils.clip_grad_norm_(parameter, self.args.max_grad_norm)
 
-    def train(self) -> list[float]:
-        """All steps; the loss of each."""
+    def train(self, after_step: Callable[[int], None] | None = None) -> list[float]:
+        """All steps; the loss of each. `after_step` gets the number of steps done."""
         autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=self.args.bf16)
         self.model.train()
         losses = []
@@ -131,4 +131,6 @@ class LightlyRun:
             self.optimizer.zero_grad()
             self.scheduler.step()
             losses.append(loss.detach())
+            if after_step is not None:
+                after_step(step + 1)
         return torch.stack(losses).tolist()

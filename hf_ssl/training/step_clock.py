@@ -26,7 +26,8 @@ class StepClock:
     """Seconds of the parts of a run in this process; a span inside another one is not counted twice.
 
     Reading a clock costs nothing to speak of. On a GPU, whose work goes on after a call returns, a span holds
-    what the host waited for, unless `synchronize` is set.
+    what the host waited for, unless `synchronize` is set. Under gradient caching both forwards count as
+    backward.
 
     Attributes:
         seconds: by span; filled while the clock runs.
@@ -80,8 +81,8 @@ class StepClock:
         return shares | {"other": max(1 - sum(shares.values()), 0.0)}
 
     def _now(self) -> float:
-        if self.synchronize and torch.cuda.is_available():
-            torch.cuda.synchronize()
+        if self.synchronize and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
 
@@ -110,7 +111,7 @@ class Profile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         shares = self.clock.shares()
-        advice = loading_advice(shares, args.dataloader_num_workers, os.cpu_count() or 1, can_compile())
+        advice = loading_advice(shares, args.dataloader_num_workers, cores_of_this_process(), can_compile())
         logger.info("time      " + describe_shares(shares))
         if advice:
             logger.warning(advice)
@@ -118,6 +119,12 @@ class Profile(TrainerCallback):
             report = {"seconds": self.clock.seconds, "shares": shares, "advice": advice}
             file = Path(str(args.output_dir)) / PROFILE_FILE
             file.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def cores_of_this_process() -> int:
+    """Cores that this process may use, shared with the others of a run on this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
 
 
 def describe_shares(shares: dict[str, float]) -> str:
@@ -131,7 +138,7 @@ def loading_advice(shares: dict[str, float], num_workers: int, num_cores: int, c
     Args:
         shares: of the time, by span; "views" counts only what this process did itself.
         num_workers: loader workers of this process.
-        num_cores: of the machine.
+        num_cores: that this process may use.
         compiled: whether compiled loops make the views.
     """
     waiting = shares["loading"] + shares["views"]
@@ -141,7 +148,7 @@ def loading_advice(shares: dict[str, float], num_workers: int, num_cores: int, c
     if not compiled:
         changes.append("pip install hf-ssl[fast], which makes views several times as fast")
     if num_workers < num_cores - 1:
-        changes.append(f"--dataloader_num_workers {num_cores - 1} (this machine has {num_cores} cores)")
+        changes.append(f"--dataloader_num_workers {num_cores - 1} ({num_cores} cores are there for it)")
     if not changes:
         changes.append("images stored at about the size of the views, as decoding is most of the rest")
     return f"{100 * waiting:.0f} % of the time went into waiting for images; try " + ", or ".join(changes)

@@ -13,7 +13,9 @@ def describe_run(recipe: Recipe, trainer: SSLTrainer) -> str:
     trained = sum(value.numel() for _, value in model.trainable_parameters())
     lines = [f"method    {recipe.method} (recipe {recipe.name})"]
     lines += [f"data      {source.describe()}" for source in trainer.sources]
+    views = "compiled" if trainer.view_maker.compiled else "plain; pip install hf-ssl[fast] is faster"
     lines += [
+        f"views     {trainer.view_maker.num_views} of each image, {views}",
         f"backbone  {model.config.backbone_config.describe()}, {encoder / 1e6:.2f} M parameters "
         f"({trained / 1e6:.2f} M trained with heads)",
         f"training  {_describe_training(trainer)}",

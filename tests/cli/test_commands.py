@@ -35,7 +35,7 @@ def test_help_imports_neither_torch_nor_transformers():
 def test_training_reads_well(tiny_run: TinyRun):
     lines = tiny_run.outcome.err.splitlines()
     heads = [line.split()[0] for line in lines]
-    assert heads[:5] == ["method", "data", "backbone", "training", "folder"]
+    assert heads[:6] == ["method", "data", "views", "backbone", "training", "folder"]
     assert re.fullmatch(r"step 2/4  loss \S+  grad \S+  lr \S+.*  epoch \S+", lines[heads.index("step")])
     scored = [line for line in lines if " knn " in line and line.startswith("step")]
     assert len(scored) == 2
