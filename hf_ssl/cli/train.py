@@ -21,6 +21,10 @@ def train(
         bool,
         typer.Option("--allow_new_heads", help="Start afresh what --init_from lacks beside the encoder."),
     ] = False,
+    distill_from: Annotated[
+        str | None,
+        typer.Option("--distill_from", help="A trained DINOv2, frozen teacher of a smaller one."),
+    ] = None,
 ) -> None:
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
     from hf_ssl.cli.keys import parse_keys
@@ -39,6 +43,7 @@ def train(
         resume=resume,
         init_from=init_from,
         allow_new_heads=allow_new_heads,
+        distill_from=distill_from,
         **keys,
     )
     _leave_processes()

@@ -318,8 +318,9 @@ def public_recipe(recipe: dict[str, Any]) -> str:
         if data.get(key):
             data[key] = _public_paths(data[key])
     content = {**recipe, "data": data, "training": training}
-    if content.get("init_from"):
-        content["init_from"] = _public_paths(content["init_from"])
+    for key in ("init_from", "distill_from"):
+        if content.get(key):
+            content[key] = _public_paths(content[key])
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 

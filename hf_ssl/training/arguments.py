@@ -90,6 +90,29 @@ class SSLTrainingArguments(TrainingArguments):
     patch_embedding_multiplier: float = field(
         default=1.0, metadata={"help": "Further factor on the learning rate of a ViT's patch projection."}
     )
+    head_warmup_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Steps, or below 1 a share of them, in which the backbone stands still and only what is "
+            "on it learns. None: a tenth of the run, at most 1,000, where heads start afresh on a trained "
+            "encoder, else 0."
+        },
+    )
+    max_knn_drop: float | None = field(
+        default=None,
+        metadata={
+            "help": "The run stops and rolls back when the probe's kNN score is this much below the encoder "
+            "that it started from. None: 0.02 where heads start afresh on a trained encoder, else off; 1: "
+            "off."
+        },
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank of LoRA adapters on the attention of a ViT, whose own weights stand still; needs "
+            "--init_from and the package peft. What the run leaves has them merged."
+        },
+    )
     max_bad_fraction: float = field(
         default=0.01, metadata={"help": "Share of unreadable images above which the run stops."}
     )
@@ -135,6 +158,10 @@ class SSLTrainingArguments(TrainingArguments):
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
+        for name, least in (("head_warmup_steps", 0.0), ("max_knn_drop", 0.0)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise ValueError(f"{name} must be at least {least:g}, got {value}")
+        self._check_lora()
         self._set_accumulation()
         self._check_caching()
         self._set_learning_rate()
@@ -186,6 +213,20 @@ class SSLTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"cached_microbatch_size {size} does not divide per_device_train_batch_size {batch}; "
                 f"use {fitting}"
+            )
+
+    def _check_lora(self) -> None:
+        """Refuse adapters that would be sharded, or published before they are merged."""
+        if self.lora_rank is None:
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
+        if self.fsdp or self.deepspeed:
+            raise ValueError("lora_rank takes no sharding: leave out fsdp or deepspeed")
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                "with lora_rank only the finished run can be published, as its checkpoints hold the adapters "
+                "apart; use hub_strategy=end"
             )
 
     def _set_learning_rate(self) -> None:

@@ -23,7 +23,7 @@ from hf_ssl.training.values import dump_yaml, fit_types, load_yaml, parse_value
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 SECTIONS = ("model", "data", "training", "processor")
-TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", *SECTIONS)
+TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", "distill_from", *SECTIONS)
 PROCESSOR_KEYS = frozenset({"views", "image_mean", "image_std"})
 TOKEN_KEY = "hub_token"  # is used, and never written: files of a run are copied and published
 AUTO_BF16 = "auto"
@@ -100,6 +100,7 @@ class Recipe:
         processor: `views`, `image_mean` or `image_std` of the image processor.
         init_from: what the model started from, a repository at its commit; None: fresh weights.
         allow_new_heads: heads that the starting point lacks, or has in another shape, start fresh.
+        distill_from: the frozen teacher of a DINOv2 that learns from a larger one, as `init_from`.
     """
 
     name: str
@@ -110,6 +111,7 @@ class Recipe:
     processor: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     allow_new_heads: bool = False
+    distill_from: str | None = None
 
     def config(self) -> SSLConfig:
         """The method's config.
@@ -182,6 +184,7 @@ def _build(name: str, content: dict[str, Any]) -> Recipe:
         processor=sections["processor"],
         init_from=content.get("init_from"),
         allow_new_heads=bool(content.get("allow_new_heads")),
+        distill_from=content.get("distill_from"),
     )
 
 
@@ -249,8 +252,8 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
         processor: its image processor; None: the recipe's own views and normalisation.
     """
     backbone = config.backbone_config
-    model = _own_values(config)
-    model["backbone_config"] = {"model_type": backbone.model_type, **_own_values(backbone)}  # type: ignore
+    model = own_values(config)
+    model["backbone_config"] = {"model_type": backbone.model_type, **own_values(backbone)}  # type: ignore
     options: dict[str, Any] = recipe.processor
     if processor is not None:
         options = {name: getattr(processor, name) for name in sorted(PROCESSOR_KEYS)}
@@ -264,7 +267,45 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
 
 
-def _own_values(config: Any) -> dict[str, Any]:
+def with_backbone_of(recipe: Recipe, backbone: dict[str, Any], statistics: dict[str, Any]) -> Recipe:
+    """The recipe with a published backbone in place of its own, and the method's default views for its size.
+
+    Args:
+        recipe: gives heads, data and training; left as it is.
+        backbone: a `backbone_config`.
+        statistics: `image_mean` and `image_std`, where known.
+    """
+    side, patch = backbone["image_size"], backbone.get("patch_size", 1)
+    views = METHODS[recipe.method].processor_class.default_views(side)
+    for view in views:  # 96 px are no whole number of patches of 14
+        view["size"] = max(round(view.get("size", side) / patch), 1) * patch
+        if view["size"] == side:
+            del view["size"]  # follows the training size when that is overridden
+    model = {**recipe.model, "backbone_config": backbone}
+    adopted = replace(recipe, model=_plain(model), processor=_plain({**statistics, "views": views}))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def with_distiller_of(recipe: Recipe, config: Any) -> Recipe:
+    """The recipe for a student of a frozen teacher: its prototypes in number, and no drop path (DINOv2).
+
+    Args:
+        recipe: gives everything else; left as it is.
+        config: of the teacher's pre-training model.
+    """
+    backbone = config.backbone_config
+    there = own_values(config) | {"distiller_config": None}
+    there["backbone_config"] = {"model_type": backbone.model_type, **own_values(backbone)}
+    shared = {name: there[name] for name in ("num_prototypes", "num_patch_prototypes", "separate_patch_head")}
+    own_backbone = recipe.model.get("backbone_config") or _default_backbone(recipe.method)
+    model = recipe.model | shared | {"distiller_config": there}
+    model["backbone_config"] = dict(own_backbone) | {"drop_path_rate": 0.0}
+    adopted = replace(recipe, model=_plain(model))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def own_values(config: Any) -> dict[str, Any]:
+    """Values of the fields that our classes declare."""
     names = _own_fields(type(config)) & _field_names(type(config))
     return {name: getattr(config, name) for name in sorted(names)}
 

@@ -46,7 +46,7 @@ from hf_ssl.training.recipes import (
 )
 from hf_ssl.training.run_folder import new_run_folder
 from hf_ssl.training.run_lock import run_lock
-from hf_ssl.training.starting_points import build_model, with_start
+from hf_ssl.training.starting_points import build_model, with_distiller, with_start
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -102,6 +102,7 @@ def train(
     resume: str | None = None,
     init_from: str | None = None,
     allow_new_heads: bool = False,
+    distill_from: str | None = None,
     **overrides: Any,
 ) -> Run:
     """Pre-train an encoder.
@@ -115,6 +116,8 @@ def train(
         init_from: a pre-training checkpoint or an encoder to start from: a folder, `owner/name` or
             `owner/name@revision` on the Hub, or a model of timm. Where it is of the same method and no recipe
             is given, its model and views replace those of the tiny recipe.
+        distill_from: a trained DINOv2 with its heads, named as `init_from`: a frozen teacher for a smaller
+            student.
         allow_new_heads: start afresh what a checkpoint of the same method lacks, or has in another shape.
         **overrides: any key of the recipe by its plain name.
 
@@ -129,6 +132,7 @@ def train(
     """
     if resume is not None:
         given = {"method": method, "recipe": recipe, "output_dir": output_dir, "init_from": init_from}
+        given["distill_from"] = distill_from
         for name, value in given.items():
             if value is not None:
                 raise RecipeError(
@@ -138,7 +142,9 @@ def train(
     chosen = _choose_recipe(method, recipe)
     start = init_from or chosen.init_from
     started = pulled(start or "", lambda: with_start(chosen, start, adopt_model=recipe is None))
-    resolved = override(started, overrides)
+    teacher = distill_from or chosen.distill_from
+    taught = pulled(teacher or "", lambda: with_distiller(started, teacher))
+    resolved = override(taught, overrides)
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:

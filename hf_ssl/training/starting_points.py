@@ -10,17 +10,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel
 
-from hf_ssl.hub.landing_vit import own_vit_state
 from hf_ssl.hub.locations import Location, locate
 from hf_ssl.hub.small_stem import restore_small_stem
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.positions import resize_positions
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
-from hf_ssl.training.recipes import Recipe, RecipeError, with_model_of
+from hf_ssl.training.published_vits import (
+    TIMM_WRAPPER,
+    backbone_config_of,
+    check_tensors,
+    refuse_foreign,
+    start_vit,
+)
+from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_distiller_of, with_model_of
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +34,7 @@ PREFIXES = (  # of the network's tensors in our encoders and in transformers' wr
     "timm_model.",
     "network.",
 )
-NOT_LEARNED_HERE = ("pooler.", "embeddings.mask_token")  # of native ViTs; our backbones may lack them
+DISTILLING = "dinov2"  # the method with a frozen teacher
 ANY_ERROR = (OSError, RuntimeError, TypeError, ValueError)  # of loading what may not be there
 
 
@@ -99,17 +104,91 @@ def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Reci
     if adopt_model and start.is_of(recipe.method):
         logger.info("model     as %s has it", start.location)
         recipe = with_model_of(recipe, start.config, start.processor())
+    elif not start.is_of(recipe.method):
+        try:
+            recipe = _with_encoder(recipe, start, adopt_model)
+        except ANY_ERROR as error:
+            raise _cannot_start(str(start.location), error) from error
     return replace(recipe, init_from=str(start.location))
 
 
+def _with_encoder(recipe: Recipe, start: StartingPoint, adopt_model: bool) -> Recipe:
+    """The recipe with the normalisation of an encoder, unless it has its own; and maybe with its backbone."""
+    is_timm = start.config.model_type == TIMM_WRAPPER
+    processor = None if is_timm else start.processor()
+    statistics = {}
+    for name in ("mean", "std"):
+        value = (
+            start.config.pretrained_cfg.get(name) if is_timm else getattr(processor, f"image_{name}", None)
+        )
+        if value is not None:
+            statistics[f"image_{name}"] = list(value)
+    backbone = backbone_config_of(start.config, _image_size(processor)) if adopt_model else None
+    if backbone is not None:
+        logger.info("backbone  as %s has it, at %d px", start.location, backbone["image_size"])
+        return with_backbone_of(recipe, backbone, statistics)
+    if statistics:
+        logger.info("images    normalised as %s has it, unless the recipe says how", start.location)
+    return replace(recipe, processor={**statistics, **recipe.processor})
+
+
+def _image_size(processor: Any) -> int | None:
+    """Side of the images that a processor makes; None: it makes no squares, or there is none."""
+    for name in ("crop_size", "size"):
+        size = getattr(processor, name, None)
+        if size and size.get("height") == size.get("width") and size.get("height"):
+            return int(size["height"])
+    return None
+
+
+def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
+    """The recipe of a student that learns from a frozen teacher, written down to the commit.
+
+    Args:
+        recipe: left as it is.
+        distill_from: a pre-training checkpoint of DINOv2 with its heads; None: no such teacher.
+
+    Raises:
+        RecipeError: there is none, or the method knows no frozen teacher.
+    """
+    if distill_from is None:
+        return recipe
+    if recipe.method != DISTILLING:
+        raise RecipeError(f"distill_from is for {DISTILLING}; {recipe.method} has no frozen teacher")
+    start = find_starting_point(distill_from)
+    if not start.is_of(recipe.method):
+        raise RecipeError(
+            f"cannot distill from '{start.location}': it is a {start.config.model_type} without the heads of "
+            f"{DISTILLING}; give a run of {DISTILLING}, or a repository that has its pretraining/ folder"
+        )
+    logger.info("distilled from %s, which stands still", start.location)
+    return replace(with_distiller_of(recipe, start.config), distill_from=str(start.location))
+
+
 def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
-    """The recipe's model, fresh or started from `init_from`.
+    """The recipe's model, fresh or started from `init_from`, with the frozen teacher of `distill_from`.
 
     Raises:
         RecipeError: there is nothing to start from, or it does not fit.
     """
+    model = _build_model(recipe, config)
+    if recipe.distill_from is not None:
+        start = find_starting_point(recipe.distill_from)
+        try:
+            source = start.location.load(type(model), start.subfolder)
+            model.take_distiller(source)  # type: ignore[operator]
+        except ANY_ERROR as error:
+            raise RecipeError(
+                f"cannot distill from '{recipe.distill_from}': {' '.join(str(error).split())}"
+            ) from error
+    return model
+
+
+def _build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     model_class = METHODS[recipe.method].pretraining_class
     if recipe.init_from is None:
+        if recipe.training.get("lora_rank"):
+            raise RecipeError("lora_rank needs trained weights to learn beside; give init_from")
         return model_class(config)
     start = find_starting_point(recipe.init_from)
     try:
@@ -197,53 +276,37 @@ def _with_another_grid(
 
 def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLForPreTraining:
     """Fresh heads on the encoder of another method, a native model or a timm model."""
+    refuse_foreign(start.config.model_type)
     encoder = start.location.load(AutoModel, start.subfolder)
-    state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
     branch: Any = model.published_branch()
-    backbone = branch.backbone.config
-    if isinstance(backbone, SSLViTConfig):
-        state = own_vit_state(state, has_layer_scale=backbone.layer_scale_value is not None)
-        own_token = branch.backbone.embeddings.mask_token
-        if own_token is not None:  # a native class has none, or one of another shape
-            token = state.get("embeddings.mask_token", own_token.detach())
-            state["embeddings.mask_token"] = token.reshape(own_token.shape)
-    elif backbone.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
-        state = restore_small_stem(state, backbone.small_stem_stride)
-    network = getattr(branch.backbone, "network", branch.backbone)  # a CNN's own names are timm's
-    _check_tensors(network.state_dict(), state, type(encoder).__name__)
-    network.load_state_dict(state, strict=False)
+    told = ""
+    if isinstance(branch.backbone.config, SSLViTConfig):
+        resized, difference = start_vit(branch.backbone, encoder, start.config.model_type)
+        told = f"{resized}, features equal to {difference:.0e}"
+    else:
+        _start_cnn(branch.backbone, encoder)
     model.sync_branches(model.base_model_prefix)
+    model.mark_fresh_heads()
     logger.info(
-        "start     the encoder of %s (%s); heads%s start afresh",
+        "start     the encoder of %s (%s%s); heads%s start afresh",
         start.location,
         type(encoder).__name__,
+        told,
         " and what else training keeps" if model.has_teacher else "",
     )
     return model
+
+
+def _start_cnn(backbone: Any, encoder: Any) -> None:
+    """Weights of a network of timm, whose small stem an export may have hidden in the large one."""
+    state = {_plain_name(key): value for key, value in encoder.state_dict().items()}
+    if backbone.config.small_stem_stride and type(encoder).__name__ == "TimmWrapperModel":
+        state = restore_small_stem(state, backbone.config.small_stem_stride)
+    check_tensors(backbone.network.state_dict(), state, type(encoder).__name__)
+    backbone.network.load_state_dict(state, strict=False)
 
 
 def _plain_name(name: str) -> str:
     for prefix in PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def _check_tensors(wanted: dict[str, Tensor], given: dict[str, Tensor], class_name: str) -> None:
-    missing = sorted(set(wanted) - set(given))
-    if missing:
-        raise ValueError(
-            f"a {class_name} lacks {len(missing)} of {len(wanted)} tensors, e.g. '{missing[0]}'; the "
-            "backbones are of different kinds"
-        )
-    for name, tensor in wanted.items():
-        if given[name].shape != tensor.shape:
-            raise ValueError(
-                f"'{name}' is {tuple(given[name].shape)} there and {tuple(tensor.shape)} here; give the same "
-                "backbone_config"
-            )
-    unknown = sorted(name for name in set(given) - set(wanted) if not name.startswith(NOT_LEARNED_HERE))
-    if unknown:
-        raise ValueError(
-            f"it has {len(unknown)} tensors more than this backbone, e.g. '{unknown[0]}'; give the same "
-            "backbone_config"
-        )

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +33,10 @@ from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import check_batch
+from hf_ssl.training.continuing import build_guard, head_warmup_steps
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
+from hf_ssl.training.lora import add_lora, merged_state
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer
 from hf_ssl.training.processes import on_first_process
@@ -94,6 +96,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self._optimizing = contextlib.ExitStack()
         self._parts: dict[str, list[Tensor]] = {}
         check_batch(model, args)
+        if args.lora_rank is not None:
+            add_lora(model, args.lora_rank)
         self.take_token(args)
         if probe is None:
             args.eval_strategy, args.metric_for_best_model = IntervalStrategy.NO, None
@@ -112,11 +116,14 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             **kwargs,
         )
         self._suit_device()
+        self.head_warmup_steps = head_warmup_steps(args, model)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
         self.add_callback(ReadableLog())
         self.add_callback(Profile(self.clock))
         self.add_callback(StepProtocol(self))
+        if (guard := build_guard(self)) is not None:
+            self.add_callback(guard)
 
     # Data
 
@@ -186,6 +193,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     def _start_step(self, step: int) -> None:
         self._updates = []
         self._set_weight_decay(step)
+        self.model.hold_backbone(step < self.head_warmup_steps)
         self.model.begin_step(step, self.args.max_steps, seed=self.args.seed)
         batches: Any = self._step_batches
         if len(batches) == 1 and self.args.cached_microbatch_size is None:
@@ -252,6 +260,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             self.model.end_step(self._updates)
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Tensor | float:
+        self._drop_gradients(self.model.held_backbone_parameters())
         with self.clock.span("optimizer"):
             return self._clip(model)
 
@@ -271,10 +280,16 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     def hold_parameters(self) -> None:
         """What stands still in this step gets no gradient; after clipping, which official code does first.
 
-        The optimizer follows, until `finish_step`.
+        A backbone that is held has lost its own before: heads alone are clipped. The optimizer follows, until
+        `finish_step`.
         """
         self._optimizing.enter_context(self.clock.span("optimizer"))
-        for parameter in self.model.held_parameters():
+        self._drop_gradients(self.model.held_parameters())
+        self._drop_gradients(self.model.held_backbone_parameters())
+
+    @staticmethod
+    def _drop_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
             parameter.grad = None
 
     # Optimizer and schedules
@@ -380,6 +395,12 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             logs.update({name: round(value, 4) for name, value in means.items()})
             self._parts = {}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write the model; only checkpoints, from which a run goes on, keep LoRA adapters apart."""
+        if self.args.lora_rank is not None and self._staging is None:
+            state_dict = merged_state(self.model)
+        super()._save(output_dir, state_dict)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint or nothing.

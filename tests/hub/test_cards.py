@@ -143,6 +143,7 @@ def test_nothing_of_the_machine_or_the_account_is_published(
     recipe = {
         **yaml.safe_load((moco_run.folder / "recipe.yaml").read_text()),
         "init_from": "/home/me/runs/first",
+        "distill_from": "/home/me/runs/large",
         "training": {
             "max_steps": 3,
             "hub_token": "hf_secret",
@@ -154,6 +155,7 @@ def test_nothing_of_the_machine_or_the_account_is_published(
     published = yaml.safe_load(public_recipe(recipe))
     assert published["training"] == {"max_steps": 3}
     assert published["data"]["dataset"] == "./pets" and published["init_from"] == "./first"
+    assert published["distill_from"] == "./large"
     prepare_repository(moco_run.folder, tmp_path / "repository", "tester/cnn")
     for path in (tmp_path / "repository").rglob("*"):
         if path.is_file():

@@ -346,6 +346,20 @@ def test_gram_loss_matches_the_authors_code(golden, dtype, tolerance):
 
 
 @precision
+@pytest.mark.parametrize(
+    ("negatives", "name"), [("zero", "img_removeneg"), ("zero_in_anchor", "img_removeteacherneg")]
+)
+def test_gram_loss_without_negatives_matches_the_authors_code(golden, dtype, tolerance, negatives, name):
+    """Mistake 30: the option on the anchor alone, as their code does it."""
+    case = golden("gram")
+    student = case["student"].to(dtype).requires_grad_()
+    loss = gram_loss(student, case["teacher"].to(dtype), negatives)
+    loss.backward()
+    near(loss, case[f"loss_{name}"][0], tolerance)
+    near(student.grad, case[f"grad_{name}"], tolerance)
+
+
+@precision
 def test_gram_targets_of_higher_resolution_are_shrunk_before_their_norm(golden, dtype, tolerance):
     """Mistake 31."""
     case = golden("gram")

@@ -94,7 +94,11 @@ class TinyMethod:
         default = METHODS[self.method].config_class.default_backbone
         inherited = default if default["model_type"] == self.backbone["model_type"] else {}
         backbone = {**inherited, **self.backbone, **changes.pop("backbone_config", {})}
-        return METHODS[self.method].config_class(backbone_config=backbone, **{**self.options, **changes})
+        options = {**self.options, **changes}
+        if (there := options.get("distiller_config")) and "num_channels" in backbone:
+            channels = {"num_channels": backbone["num_channels"]}  # a frozen teacher sees the same images
+            options["distiller_config"] = there | {"backbone_config": there["backbone_config"] | channels}
+        return METHODS[self.method].config_class(backbone_config=backbone, **options)
 
     def build(self, seed: int = 0, **changes: Any) -> SSLForPreTraining:
         """A fresh pre-training model in train mode."""
@@ -199,6 +203,20 @@ TINY_METHODS = [
             "separate_patch_head": True,
             "num_patch_prototypes": 12,
             "patch_bottleneck_size": 4,
+        },
+    ),
+    TinyMethod(
+        "dinov2-distilled",
+        "dinov2",
+        QUIET_VIT,
+        {
+            **TINY_PROTOTYPES,
+            "koleo_group_size": 2,
+            "distiller_config": {
+                **TINY_PROTOTYPES,
+                "head_bottleneck_size": 12,
+                "backbone_config": {**QUIET_VIT, "hidden_size": 24, "num_hidden_layers": 3},
+            },
         },
     ),
     TinyMethod("ijepa", "ijepa", TINY_VIT, TINY_PREDICTOR, num_views=0),

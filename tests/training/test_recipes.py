@@ -81,6 +81,28 @@ def test_self_distillation_is_clipped_and_scaled_as_published(
     assert (args.max_grad_norm, args.clip_mode, args.layer_decay) == (3.0, clip, layer_decay)
 
 
+@pytest.mark.parametrize(
+    ("name", "rate", "end", "clip", "warmup", "frozen", "epochs"),
+    [
+        ("dino_vitb16", 3e-3, 2e-6, 0.3, 50, 3, 400),
+        ("ibot_vitb16", 2e-3, 1e-6, 3.0, 30, 1, 400),
+        ("ibot_vitl16", 2e-3, 1e-6, 3.0, 30, 1, 250),
+    ],
+)
+def test_larger_vits_of_dino_and_ibot_are_trained_as_published(
+    name: str, rate: float, end: float, clip: float, warmup: int, frozen: int, epochs: int, tmp_path: Path
+):
+    recipe = load_recipe(name)
+    args, config = training_arguments(recipe, str(tmp_path)), recipe.config()
+    assert args.learning_rate == pytest.approx(rate)
+    assert args.learning_rate * args.learning_rate_end == pytest.approx(end)
+    assert (args.max_grad_norm, args.clip_mode, args.num_train_epochs) == (clip, "per_tensor", epochs)
+    assert config.teacher_temperature_warmup * epochs == pytest.approx(warmup)
+    assert config.freeze_prototypes * epochs == pytest.approx(frozen)
+    assert not config.train_prototype_scale and config.backbone_config.drop_path_rate == 0.1
+    assert [view["count"] for view in recipe.processor["views"]] == [1, 1, 10]
+
+
 def test_every_method_has_a_tiny_recipe():
     assert {f"{method}_tiny" for method in METHODS} <= set(recipe_names())
 

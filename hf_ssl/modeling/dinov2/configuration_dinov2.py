@@ -52,6 +52,11 @@ class DINOv2Config(SSLDistillationConfig):
     gram_warmup: float | int = 1000  # on half a cosine to its weight
     gram_update_every: int = 0  # steps between new anchors after the start; 0: none
     gram_max_updates: int = 3
+    gram_negatives: str = "kept"  # similarities below 0; or "zero", or "zero_in_anchor"
+
+    # Distillation into a smaller model (section 5): fields of the DINOv2Config of a frozen, larger teacher
+    # that makes all targets; None: targets come from the student's own average.
+    distiller_config: dict[str, Any] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
@@ -94,12 +99,36 @@ class DINOv2Config(SSLDistillationConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
 
+    def validate_distiller(self) -> None:
+        """Refuse a frozen teacher whose prototypes or patches are not the student's."""
+        if self.distiller_config is None:
+            return
+        there = self.distiller()
+        pairs = {
+            "num_prototypes": (there.num_prototypes, self.num_prototypes),
+            "num_patch_prototypes": (there.num_patch_prototypes, self.num_patch_prototypes),
+            "separate_patch_head": (there.separate_patch_head, self.separate_patch_head),
+            "patch_size": (there.backbone_config.patch_size, self.backbone_config.patch_size),  # type: ignore[union-attr]
+            "num_channels": (there.backbone_config.num_channels, self.backbone_config.num_channels),  # type: ignore[union-attr]
+        }
+        for name, (theirs, own) in pairs.items():
+            if theirs != own:
+                raise ValueError(f"{name} is {own} and the frozen teacher's {theirs}; they must be the same")
+
+    def distiller(self) -> "DINOv2Config":
+        """Configuration of the frozen teacher."""
+        return type(self)(**(self.distiller_config or {}))
+
     def validate_gram(self) -> None:
         """Refuse negative weights and durations, and a loss that begins before it has an anchor."""
         names = ("weight", "snapshot", "start", "warmup", "update_every", "max_updates")
         for name in names:
             if getattr(self, f"gram_{name}") < 0:
                 raise ValueError(f"gram_{name} must be >= 0, got {getattr(self, f'gram_{name}')}")
+        if self.gram_negatives not in ("kept", "zero", "zero_in_anchor"):
+            raise ValueError(
+                f"gram_negatives must be kept, zero or zero_in_anchor, got '{self.gram_negatives}'"
+            )
         same_unit = (self.gram_snapshot < 1) == (self.gram_start < 1)
         if same_unit and self.gram_start < self.gram_snapshot:
             raise ValueError(

@@ -58,7 +58,7 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
     config_class = DINOv2Config
     config: DINOv2Config
     centers_all_patches = False
-    _keep_in_fp32_modules_strict = [TEACHER_TENSORS, CENTER_TENSORS, r"^anchor\."]
+    _keep_in_fp32_modules_strict = [TEACHER_TENSORS, CENTER_TENSORS, r"^(anchor|distiller)\."]
 
     def __init__(self, config: DINOv2Config) -> None:
         super().__init__(config)
@@ -67,6 +67,8 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
         self.center = PrototypeCenter(config.num_prototypes)
         self.patch_center = PrototypeCenter(config.num_patch_prototypes)  # type: ignore[arg-type]
         self.anchor = DINOv2Anchor(config) if config.gram_weight else None
+        has_distiller = config.distiller_config is not None
+        self.distiller = self.build_branch(config.distiller()) if has_distiller else None
         self._gram_weight = 0.0 if config.gram_start or config.gram_warmup else float(config.gram_weight)
         self.finish_construction()
 
@@ -132,17 +134,51 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
             self.take_snapshot()
 
     def train(self, mode: bool = True) -> "DINOv2ForPreTraining":
-        """The anchor stays in eval mode."""
+        """What only makes targets stays in eval mode."""
         super().train(mode)
-        if self.anchor is not None:
-            self.anchor.eval()
+        for module in self._frozen_modules():
+            module.eval()
         return self
 
+    def _frozen_modules(self) -> Iterable[nn.Module]:
+        return (module for module in (self.anchor, self.distiller) if module is not None)
+
+    # The frozen teacher
+
+    @property
+    def target_branch(self) -> PatchBranch:
+        """The frozen teacher where there is one, else the student's average."""
+        return self.teacher if self.distiller is None else self.distiller
+
+    @property
+    def hides_patches(self) -> bool:  # type: ignore[override]
+        """A student of a frozen teacher sees its views whole, as the authors' ViT-S to L did."""
+        return self.distiller is None
+
+    @torch.no_grad()
+    def take_distiller(self, source: "DINOv2ForPreTraining") -> None:
+        """Copy the teacher, heads included, of a model that was trained.
+
+        Raises:
+            ValueError: it is not the one that `distiller_config` describes.
+        """
+        if self.distiller is None:
+            raise ValueError("this model has no frozen teacher; give distiller_config")
+        try:
+            self.distiller.load_state_dict(source.teacher.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the frozen teacher is not as distiller_config says: {error}") from error
+        # Centres belong to the logits of who makes the targets.
+        self.center.load_state_dict(source.center.state_dict())
+        self.patch_center.load_state_dict(source.patch_center.state_dict())
+
     def freeze_targets(self) -> None:
-        """The anchor is a target too."""
+        """The anchor and a frozen teacher are targets too."""
         super().freeze_targets()
-        if self.anchor is not None:
-            self.anchor.requires_grad_(False)
+        for module in self._frozen_modules():
+            module.requires_grad_(False)
+        if self.distiller is not None:  # nothing is hidden, and DDP wants every parameter to be used
+            self.student.backbone.embeddings.mask_token.requires_grad_(False)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def _after_loading(self, info: dict[str, Any]) -> None:
@@ -208,7 +244,7 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
             tokens = self.anchor.backbone(join_views(anchor_pixel_values, NUM_GLOBAL_VIEWS)).last_hidden_state
             prefix = self.config.backbone_config.num_prefix_tokens  # type: ignore[union-attr]
             targets = shrink_patches(tokens[:, prefix:], (rows, columns), grid)
-        return gram_loss(patches_BGND.transpose(0, 1).flatten(0, 1), targets)
+        return gram_loss(patches_BGND.transpose(0, 1).flatten(0, 1), targets, self.config.gram_negatives)
 
     def forward(  # type: ignore[override]  # as for all methods with small crops, before the rows
         self,

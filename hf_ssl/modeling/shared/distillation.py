@@ -71,7 +71,13 @@ class SelfDistillation(SSLForPreTraining):
         super().train(mode)
         for module in self.teacher.modules():
             module.training = mode and isinstance(module, _BatchNorm)
+        self._quiet_held_backbones()
         return self
+
+    @property
+    def target_branch(self) -> Branch:
+        """The branch that makes the targets."""
+        return self.teacher
 
     # The step
 
@@ -111,12 +117,12 @@ class SelfDistillation(SSLForPreTraining):
     @torch.no_grad()
     def class_vectors(self, pixel_values: Tensor) -> Tensor:
         """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
-        _, vectors = self.teacher(join_views(pixel_values, NUM_GLOBAL_VIEWS))
+        _, vectors = self.target_branch(join_views(pixel_values, NUM_GLOBAL_VIEWS))
         return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
 
     def targets_of(self, vectors_PGd: Tensor) -> PrototypeTargets:
         """Targets of teacher vectors, in the order (P, G)."""
-        weights = self.teacher.head.prototypes.weights()  # type: ignore[union-attr, operator]
+        weights = self.target_branch.head.prototypes.weights()  # type: ignore[union-attr, operator]
         return centered_targets(vectors_PGd.flatten(0, 1), weights, self.center, self._teacher_temperature)
 
     def targets_of_rows(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
@@ -125,7 +131,7 @@ class SelfDistillation(SSLForPreTraining):
         if prepared is None or row_index is None:
             prepared = StepTargets(self.targets_of(self.class_vectors(pixel_values)), len(pixel_values))
             row_index = prepared.first_rows(pixel_values)
-        return prepared.of_rows(row_index, self.teacher.head.prototypes.weights())  # type: ignore[union-attr, operator]
+        return prepared.of_rows(row_index, self.target_branch.head.prototypes.weights())  # type: ignore[union-attr, operator]
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """Move the centre by the teacher that made the targets, then the teacher."""

@@ -243,7 +243,7 @@ def koleo_loss(features_BD: Tensor, group_size: int | None = None) -> Tensor:
         return -(distance_GS + 1e-8).log().mean()
 
 
-def gram_loss(student_BND: Tensor, anchor_BND: Tensor) -> Tensor:
+def gram_loss(student_BND: Tensor, anchor_BND: Tensor, negatives: str = "kept") -> Tensor:
     """Mean squared difference of the cosines between all patches of an image.
 
     Simeoni et al. 2025 (arXiv 2508.10104), Eq. 2, as a mean over the batch and all N x N entries as in the
@@ -252,6 +252,9 @@ def gram_loss(student_BND: Tensor, anchor_BND: Tensor) -> Tensor:
     Args:
         student_BND: patch features, any norm; the only input that receives a gradient.
         anchor_BND: features of the same patches by an earlier teacher; may have another width.
+        negatives: cosines below 0 count as they are ("kept"), as 0 in both ("zero", the authors'
+            `remove_neg`) or as 0 in the anchor alone ("zero_in_anchor", what their `remove_only_teacher_neg`
+            does).
 
     Returns:
         Scalar, 0 where both have the same similarities.
@@ -260,6 +263,10 @@ def gram_loss(student_BND: Tensor, anchor_BND: Tensor) -> Tensor:
         student_BND, anchor_BND = normalize(student_BND), normalize(anchor_BND.detach())
         cosines_BNN = student_BND @ student_BND.transpose(1, 2)
         targets_BNN = (anchor_BND @ anchor_BND.transpose(1, 2)).to(cosines_BNN.dtype)
+        if negatives != "kept":
+            targets_BNN = targets_BNN.clamp_min(0)
+        if negatives == "zero":
+            cosines_BNN = cosines_BNN.relu()  # without a gradient where it was negative
         return F.mse_loss(cosines_BNN, targets_BNN)
 
 

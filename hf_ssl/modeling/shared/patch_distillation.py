@@ -124,6 +124,7 @@ class PatchSelfDistillation(SelfDistillation):
     student: PatchBranch
     teacher: PatchBranch
     patch_center: PrototypeCenter
+    hides_patches = True  # from the student
     # Whether the centre of patches is that of all of them or of the hidden ones.
     centers_all_patches: ClassVar[bool]
 
@@ -132,6 +133,11 @@ class PatchSelfDistillation(SelfDistillation):
         self._patch_temperature = self._teacher_temperature
         self._step_patches: StepPatches | None = None
         self._patch_mean: Tensor | None = None
+
+    @property
+    def target_branch(self) -> PatchBranch:
+        """The branch that makes the targets."""
+        return self.teacher
 
     def draw_masks(
         self, row_index: Tensor, num_rows: int, grid: tuple[int, int], seed: tuple[int, int]
@@ -154,7 +160,7 @@ class PatchSelfDistillation(SelfDistillation):
 
     def targets_of(self, vectors_PGd: Tensor) -> PrototypeTargets:
         """Targets of class tokens, in the order (P, G)."""
-        weights = self.teacher.head.prototypes.weights()
+        weights = self.target_branch.head.prototypes.weights()
         return self.make_targets(vectors_PGd.flatten(0, 1), weights, self.center, self._teacher_temperature)
 
     # The step
@@ -183,19 +189,19 @@ class PatchSelfDistillation(SelfDistillation):
         self._step_patches = self._patches_of(looks)
         total_d = torch.stack([look.centered[0] for look in looks]).sum(dim=0)
         count = sum(look.centered[1] for look in looks)
-        self._patch_mean = mean_logits(total_d, count, self.teacher.patch_weights())
+        self._patch_mean = mean_logits(total_d, count, self.target_branch.patch_weights())
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        patch_size = int(self.teacher.backbone.config.patch_size)  # type: ignore[union-attr, arg-type]
+        patch_size = int(self.target_branch.backbone.config.patch_size)  # type: ignore[union-attr, arg-type]
         return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
 
     @torch.no_grad()
     def look(self, pixel_values: Tensor, is_masked_BGN: Tensor) -> TeachersLook:
         """The teacher's vectors of a micro-batch (B, G, C, H, W), of the patches that are to be hidden."""
-        outputs = self.teacher.backbone(join_views(pixel_values, NUM_GLOBAL_VIEWS))
-        patches_BGND = self.teacher.patch_tokens(outputs.last_hidden_state)
+        outputs = self.target_branch.backbone(join_views(pixel_values, NUM_GLOBAL_VIEWS))
+        patches_BGND = self.target_branch.patch_tokens(outputs.last_hidden_state)
         wanted = torch.ones_like(is_masked_BGN) if self.centers_all_patches else is_masked_BGN
-        classes_Rd, wanted_Md = self.teacher.vectors(outputs.pooler_output, patches_BGND[wanted])
+        classes_Rd, wanted_Md = self.target_branch.vectors(outputs.pooler_output, patches_BGND[wanted])
         hidden_Md = wanted_Md[is_masked_BGN[wanted]]
         return TeachersLook(
             classes=classes_Rd.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1),
@@ -207,7 +213,7 @@ class PatchSelfDistillation(SelfDistillation):
     def _patches_of(self, looks: list[TeachersLook]) -> StepPatches:
         targets = self.make_targets(
             torch.cat([look.patches for look in looks]),
-            self.teacher.patch_weights(),
+            self.target_branch.patch_weights(),
             self.patch_center,
             self._patch_temperature,
         )
@@ -250,7 +256,7 @@ class PatchSelfDistillation(SelfDistillation):
         features_RD, tokens = self.student_features(
             pixel_values,
             local_pixel_values,
-            bool_masked_pos=is_masked_BGN.transpose(0, 1).flatten(0, 1),
+            bool_masked_pos=is_masked_BGN.transpose(0, 1).flatten(0, 1) if self.hides_patches else None,
         )
         patches_BGND = self.student.patch_tokens(tokens)
         vectors_Rd, patches_Md = self.student.vectors(features_RD, patches_BGND[is_masked_BGN])
@@ -332,9 +338,9 @@ class PatchSelfDistillation(SelfDistillation):
             )
             row_index = row_index.to(pixel_values.device)
         position_B = classes.positions(row_index)
-        is_masked_BGN, patch_targets = patches.of_images(position_B, self.teacher.patch_weights())
+        is_masked_BGN, patch_targets = patches.of_images(position_B, self.target_branch.patch_weights())
         return (
-            classes.of_rows(row_index, self.teacher.head.prototypes.weights()),
+            classes.of_rows(row_index, self.target_branch.head.prototypes.weights()),
             patch_targets,
             is_masked_BGN,
         )

@@ -8,7 +8,7 @@ accumulation, recomputation and evaluation are safe; whatever moves (teacher, qu
 import logging
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -108,7 +108,7 @@ class SSLModel(SSLPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [
         r"(^|\.)(patch_)?head\.",
         r"(^|\.)patch_prototypes\.",
-        r"^(student|teacher|queue|predictor|(patch_)?center|anchor)\b",
+        r"^(student|teacher|queue|predictor|(patch_)?center|anchor|distiller)\b",
     ]
 
     def __init__(self, config: SSLConfig) -> None:
@@ -157,6 +157,8 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     student: nn.Module
     teacher: nn.Module  # of methods that have one
+    starts_with_fresh_heads = False  # on an encoder that was trained before
+    _holds_backbone = False
 
     @property
     def has_teacher(self) -> bool:
@@ -185,6 +187,41 @@ class SSLForPreTraining(SSLPreTrainedModel):
         optimizer skips them with decay and moments.
         """
         return ()
+
+    # Heads before the backbone
+
+    def mark_fresh_heads(self) -> None:
+        """Say that the backbone was trained before and what is on it was not."""
+        self.starts_with_fresh_heads = True
+
+    def hold_backbone(self, holds: bool) -> None:
+        """Let the backbone stand still while heads find their place on it, or set it free.
+
+        It is in eval mode then, so that heads learn on the features that the encoder gives: neither drop
+        path nor a BatchNorm's statistics of the batch, and those it keeps do not move.
+        """
+        if holds != self._holds_backbone:
+            self._holds_backbone = holds
+            self.train(self.training)  # at once: a teacher may make targets before the next forward
+
+    def held_backbone_parameters(self) -> Iterable[nn.Parameter]:
+        """The student's backbone while it is held, but for a mask token, which only pre-training has."""
+        if self._holds_backbone:
+            backbone: Any = self.student.backbone
+            for name, parameter in backbone.named_parameters():
+                if not name.endswith("mask_token"):
+                    yield parameter
+
+    def train(self, mode: bool = True) -> Self:
+        """As torch has it; a backbone that is held stays in eval mode, and so does the teacher's."""
+        super().train(mode)
+        self._quiet_held_backbones()
+        return self
+
+    def _quiet_held_backbones(self) -> None:
+        branches: list[Any] = [self.student, self.teacher] if self.has_teacher else [self.student]
+        for branch in branches if self._holds_backbone else ():
+            branch.backbone.eval()
 
     def check_global_batch(self, global_batch_size: int) -> None:
         """Raise ValueError before step one where the method cannot work with this many images per step."""
