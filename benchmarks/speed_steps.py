@@ -85,8 +85,9 @@ AIMS = {  # ours in bf16 to the peer in bf16, and to the peer in fp32
     "DINO ViT-Ti/16, K = 65536": (2.5, 3.0),
 }
 NOTES = {  # where an aim is missed: what was tried
-    "MAE ViT-Ti/16": "tried: hidden patches alone predicted (1.23 to 1.37), softmax without a float32 copy (to "
-    "1.39 in one run), query, key and value in one product (no gain)"
+    "MAE ViT-Ti/16": "tried: only hidden patches predicted (1.23 to 1.37), softmax without a float32 copy "
+    "(1.39 in one run), query, key and value in one product (no gain)",
+    "DINO ViT-Ti/16, K = 65536": "the aim was found without trimming the heap first, where ours had 0.20",
 }
 TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
 FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
@@ -242,10 +243,10 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
     if "transformers fp32" in timings:
         gates.append(gate("ours bf16", "transformers fp32", TRANSFORMERS_AIM))
         gates.append(gate("ours fp32", "transformers fp32", None))
-    for missed in gates:
-        missed.note = note if missed.met is False else ""
     share = memory["ours fp32"] / memory["lightly fp32"]
     gates.append(Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True))
+    for missed in gates:
+        missed.note = note if missed.met is False else ""
     return gates
 
 
