@@ -35,7 +35,7 @@ from hf_ssl.modeling import METHODS
 
 BATCH = 64
 SHUFFLE_BUFFER = 1000  # of streamed datasets
-UNDECODED = "tried: columns looked up once per row group (12 to 4 µs a row); reading alone is 3 of the 7 µs that are left"
+UNDECODED = "tried: columns looked up once per row group (12 to 4 µs a row); of the 7 µs left reading takes 3"
 Run = Callable[[], Any]
 
 
