@@ -5,6 +5,7 @@ reference is taken within a round, and its median over the rounds is what is rep
 measured in a process of its own per candidate, as the heap that one leaves behind hides the peak of the next.
 """
 
+import ctypes
 import json
 import statistics
 import subprocess
@@ -168,6 +169,7 @@ def peak_memory(run: Callable[[], object]) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return float(torch.cuda.max_memory_allocated() - before) / MEBIBYTE
+    ctypes.CDLL(None).malloc_trim(0)  # memory that was freed but kept would hide what is taken
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = _status("VmRSS")
     run()

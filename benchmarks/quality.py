@@ -179,10 +179,15 @@ def describe_machine() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout, marked if it has changes."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+    """Commit of the checkout, marked if it has changes beside results."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        return done.stdout.strip()
+
+    results = ":(exclude)benchmarks/results*"
+    is_changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", results)
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if is_changed else "")
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from interleaved import Gate, gate_lines
 from report_files import RESULTS, write_report
 
-PARTS = ("views", "steps", "data_path", "extraction", "end_to_end", "growth", "start_up")
+PARTS = ("views", "steps", "parts", "data_path", "extraction", "end_to_end", "growth", "start_up")
 
 
 def main() -> None:

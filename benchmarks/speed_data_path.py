@@ -35,6 +35,7 @@ from hf_ssl.modeling import METHODS
 
 BATCH = 64
 SHUFFLE_BUFFER = 1000  # of streamed datasets
+UNDECODED = "tried: columns looked up once per row group (12 to 4 µs a row); of the 7 µs left reading takes 3"
 Run = Callable[[], Any]
 
 
@@ -212,6 +213,7 @@ def main() -> None:
             timings = interleave(undecoded(folder, num_rows), **clocks)
             report(f"{kind} rows, undecoded", timings, num_rows)
             gates.append(gate(f"{kind} rows, undecoded", timings, "datasets", 5))
+            gates[-1].note = "" if gates[-1].met else UNDECODED
             clocks["reference"] = "datasets, map-style"
             runs = whole_path(folder, size, 0, num_rows // 2)
             runs["decoding alone"] = decoding_alone(folder, num_rows // 2)

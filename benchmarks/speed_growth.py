@@ -183,10 +183,7 @@ def main() -> None:
     knn = in_fresh_process("speed_growth.py", "--process", "knn")
     few, many = rows[10_000], rows[1_000_000]
 
-    def ratio(what: str, aim: float) -> Gate:
-        name = {"memory": "memory", "microseconds": "time a row", "resumed": "first batch after a resume"}[
-            what
-        ]
+    def ratio(name: str, what: str, aim: float) -> Gate:
         return Gate(f"{name}, a million rows", "ten thousand rows", many[what] / few[what], aim, at_most=True)
 
     gates = [

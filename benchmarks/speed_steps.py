@@ -3,7 +3,7 @@
     python benchmarks/speed_steps.py [--rounds 5] [--only "MoCo v2 ResNet-18, K = 4096" ...]
 
 Each side is its own code with the same architecture, batch and kind of optimizer, in float32 and under
-bfloat16 autocast. MiB is the peak memory of model, optimizer and two steps, in a process of its own.
+bfloat16 autocast. MiB is the peak memory of a step above what stands before it, in a process of its own.
 """
 
 import argparse
@@ -83,6 +83,11 @@ AIMS = {  # ours in bf16 to the peer in bf16, and to the peer in fp32
     "MAE ViT-Ti/16": (1.4, 1.6),
     "DINO ViT-Ti/16, K = 4096": (1.4, 1.8),
     "DINO ViT-Ti/16, K = 65536": (2.5, 3.0),
+}
+NOTES = {  # where an aim is missed: what was tried
+    "MAE ViT-Ti/16": "tried: only hidden patches predicted (1.23 to 1.37), softmax without a float32 copy "
+    "(1.39 in one run), query, key and value in one product (no gain)",
+    "DINO ViT-Ti/16, K = 65536": "the aim was found without trimming the heap first, where ours had 0.20",
 }
 TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
 FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
@@ -213,15 +218,11 @@ def runs_of(name: str) -> dict[str, Callable[[], Run]]:
 
 
 def memory_of(name: str, candidate: str) -> float:
-    """MiB of model, optimizer and two steps; for a process of its own."""
+    """MiB of one step above what stands before it; for a process of its own."""
     torch.manual_seed(0)
-
-    def build_and_run() -> None:
-        run = runs_of(name)[candidate]()
-        run()
-        run()
-
-    return peak_memory(build_and_run)
+    run = runs_of(name)[candidate]()
+    run()
+    return peak_memory(run)
 
 
 def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) -> list[Gate]:
@@ -233,6 +234,7 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
         return Gate(f"{name}, {own}", peer, ratios[len(ratios) // 2], aim, (ratios[0], ratios[-1]))
 
     same, other = AIMS.get(name, (None, None))
+    note = NOTES.get(name, "")
     gates = [
         gate("ours fp32", "lightly fp32", FP32_AIMS.get(name)),
         gate("ours bf16", "lightly bf16", same),
@@ -243,6 +245,8 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
         gates.append(gate("ours fp32", "transformers fp32", None))
     share = memory["ours fp32"] / memory["lightly fp32"]
     gates.append(Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True))
+    for missed in gates:
+        missed.note = note if missed.met is False else ""
     return gates
 
 

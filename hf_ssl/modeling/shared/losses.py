@@ -67,14 +67,15 @@ def nt_xent_loss(projection_1_BD: Tensor, projection_2_BD: Tensor, temperature: 
         return loss
 
 
+CHUNK_ELEMENTS = 2**23  # 32 MiB in float32; smaller ones are slower, larger ones not faster
+
+
 class _CandidateCrossEntropy(torch.autograd.Function):
     """Cross-entropy of anchors among candidates, with its gradients, in chunks of anchors.
 
     The similarities of all pairs are never there at once, and none is kept for backward: at 4096 images
     each copy of them would take 256 MiB.
     """
-
-    CHUNK_ELEMENTS = 2**23  # 32 MiB in float32; smaller ones are slower, larger ones not faster
 
     @staticmethod
     def forward(
@@ -83,7 +84,7 @@ class _CandidateCrossEntropy(torch.autograd.Function):
         total = anchors.new_zeros(())
         needs_gradient = any(ctx.needs_input_grad[:2])
         anchor_gradient, candidate_gradient = torch.zeros_like(anchors), torch.zeros_like(candidates)
-        size = max(_CandidateCrossEntropy.CHUNK_ELEMENTS // len(candidates), 1)
+        size = max(CHUNK_ELEMENTS // len(candidates), 1)
         for first in range(0, len(anchors), size):
             rows = slice(first, first + size)
             logits = (anchors[rows] @ candidates.T).div_(temperature)
