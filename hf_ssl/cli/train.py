@@ -67,4 +67,5 @@ def _leave_processes() -> None:
     import torch
 
     if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # one that left while the first still exports was now and then aborted
         torch.distributed.destroy_process_group()
