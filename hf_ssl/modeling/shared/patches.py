@@ -66,7 +66,7 @@ def unpatchify(patches_BNP: Tensor, patch_size: int, grid: tuple[int, int]) -> T
 def normalize_patches(target_BNP: Tensor, eps: float = 1e-6) -> Tensor:
     """Every patch to mean 0, variance 1 over all its values jointly (unbiased variance, eps in the root)."""
     target_BNP = full_precision(target_BNP)
-    # Twice as fast on a CPU as torch.var_mean.
+    # On a CPU faster than torch.var_mean.
     centered_BNP = target_BNP - target_BNP.mean(dim=2, keepdim=True)
     variance_BN1 = centered_BNP.square().sum(dim=2, keepdim=True) / (target_BNP.shape[2] - 1)
     return centered_BNP * (variance_BN1 + eps).rsqrt()

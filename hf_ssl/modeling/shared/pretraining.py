@@ -8,7 +8,7 @@ accumulation, recomputation and evaluation are safe; whatever moves (teacher, qu
 import logging
 from collections.abc import Iterable, Iterator
 from importlib import import_module
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -212,7 +212,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
                 if not name.endswith("mask_token"):
                     yield parameter
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> "SSLForPreTraining":
         """As torch has it; a backbone that is held stays in eval mode, and so does the teacher's."""
         super().train(mode)
         self._quiet_held_backbones()
