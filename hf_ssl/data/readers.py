@@ -387,7 +387,7 @@ def _read_local(path: str) -> bytes:
 
 
 class TableRows:
-    """Rows of an Arrow table; its columns are looked up once, which takes longer than reading a value.
+    """Rows of an Arrow table; what is small becomes lists at once, as reading value by value takes longer.
 
     Args:
         table: has the columns.
@@ -399,8 +399,9 @@ class TableRows:
         import pyarrow.compute as pc
 
         self._columns = columns
-        self._values = {name: table.column(name) for name in columns.names()}
-        self._images = self._values.pop(columns.image)
+        self._images = table.column(columns.image)
+        others = [name for name in columns.names() if name != columns.image]
+        self._others = {name: table.column(name).to_pylist() for name in others}
         kind = self._images.type
         # Reading the bytes alone is several times faster than the whole struct {bytes, path} of `datasets`.
         has_files = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
@@ -408,7 +409,7 @@ class TableRows:
 
     def row(self, index: int) -> Row:
         """The row at a place of the table."""
-        file = None if self._files is None else self._files[index].as_py()
-        image = self._images[index].as_py() if file is None else file
-        others = {name: column[index].as_py() for name, column in self._values.items()}
-        return self._columns.row({self._columns.image: image} | others)
+        image = None if self._files is None else self._files[index].as_py()
+        values = {name: column[index] for name, column in self._others.items()}
+        values[self._columns.image] = self._images[index].as_py() if image is None else image
+        return self._columns.row(values)

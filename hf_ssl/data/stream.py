@@ -133,10 +133,11 @@ class IndexedShare:
         if (epoch, block) != self._current:
             first = self._start + block * self._block_rows
             last = min(first + self._block_rows, self._start + self._length)
-            self._indices = self._order.block(epoch, first, last)
+            indices = self._order.block(epoch, first, last)
             self._current = (epoch, block)
-            self._source.hold(self, self._indices)
-        index = int(self._indices[_place_of_attempt(offset, attempt, len(self._indices))])
+            self._source.hold(self, indices)
+            self._indices: list[int] = indices.tolist()
+        index = self._indices[_place_of_attempt(offset, attempt, len(self._indices))]
         return Sample(epoch, index, self._source.row(index))
 
     def block_length(self, position: int) -> int:
