@@ -66,6 +66,8 @@ def _leave_processes() -> None:
     """Without it an abort at exit can hide that all went well."""
     import torch
 
+    from hf_ssl.modeling.shared.distributed import wait_for_all
+
+    wait_for_all()  # one that left while the first still exports was now and then aborted
     if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # one that left while the first still exports was now and then aborted
         torch.distributed.destroy_process_group()

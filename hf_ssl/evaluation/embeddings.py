@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import ImageBatch, Source, read_batches, source_name
-from hf_ssl.modeling.shared.distributed import rank, world_size
+from hf_ssl.modeling.shared.distributed import rank, wait_for_all, world_size
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def embed(
     parts_dir = output.with_name(output.name + ".parts")
     if rank() == 0:
         _open_parts(parts_dir, settings)
-    _wait_for_all()
+    wait_for_all()
     _check_same(json.loads((parts_dir / SETTINGS_FILE).read_text(encoding="utf-8")), settings, parts_dir)
     rows_per_part = batch_size * batches_per_part
     extractor = FeatureExtractor(encoder, [pool], device, dtype)
@@ -98,20 +98,15 @@ def embed(
     for number, part in _missing_parts(read, parts_dir, rows_per_part, limit, _num_rows(source)):
         _write_whole(parts_dir / f"{number:06d}.parquet", [_table(extractor, pool, part)], SCHEMA)
         logger.info("embedded %d rows of %s", (number + 1) * rows_per_part, settings["source"])
-    _wait_for_all()
+    wait_for_all()
     if rank() == 0:
         _join(parts_dir, output, settings)
-    _wait_for_all()
+    wait_for_all()
     return output
 
 
 def _num_rows(source: Source) -> int | None:
     return len(source) if isinstance(source, Sequence) else getattr(source, "num_rows", None)
-
-
-def _wait_for_all() -> None:
-    if world_size() > 1:
-        torch.distributed.barrier()
 
 
 def _missing_parts(

@@ -92,7 +92,8 @@ def nearest_neighbors(
         in_bf16: whether to choose candidates in bfloat16; None: float32 and a large bank where it is fast.
     """
     if in_bf16 is None:
-        in_bf16 = bank_ND.dtype == torch.float32 and len(bank_ND) >= _SMALL_BANK and has_fast_bf16()
+        is_large = bank_ND.dtype == torch.float32 and len(bank_ND) >= _SMALL_BANK
+        in_bf16 = is_large and has_fast_bf16(bank_ND.device.type)
     in_bf16 = in_bf16 and 2 * k <= len(bank_ND)
     cosine_QK = query_QD.new_empty(len(query_QD), k)
     index_QK = torch.empty(len(query_QD), k, dtype=torch.int64, device=query_QD.device)

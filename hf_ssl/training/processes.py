@@ -30,9 +30,3 @@ def on_first_process(args: TrainingArguments, find: Callable[[], Found]) -> Foun
         raise outcome[1]
     found: Found = outcome[0]
     return found
-
-
-def wait_for_all(args: TrainingArguments) -> None:
-    """Return when every process of the run has come here."""
-    if args.world_size > 1:
-        torch.distributed.barrier()

@@ -251,9 +251,7 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
         config: of a pre-training model of the recipe's method.
         processor: its image processor; None: the recipe's own views and normalisation.
     """
-    backbone = config.backbone_config
-    model = own_values(config)
-    model["backbone_config"] = {"model_type": backbone.model_type, **own_values(backbone)}  # type: ignore
+    model = _values_with_backbone(config)
     options: dict[str, Any] = recipe.processor
     if processor is not None:
         options = {name: getattr(processor, name) for name in sorted(PROCESSOR_KEYS)}
@@ -293,15 +291,20 @@ def with_distiller_of(recipe: Recipe, config: Any) -> Recipe:
         recipe: gives everything else; left as it is.
         config: of the teacher's pre-training model.
     """
-    backbone = config.backbone_config
-    there = own_values(config) | {"distiller_config": None}
-    there["backbone_config"] = {"model_type": backbone.model_type, **own_values(backbone)}
+    there = _values_with_backbone(config) | {"distiller_config": None}
     shared = {name: there[name] for name in ("num_prototypes", "num_patch_prototypes", "separate_patch_head")}
     own_backbone = recipe.model.get("backbone_config") or _default_backbone(recipe.method)
     model = recipe.model | shared | {"distiller_config": there}
     model["backbone_config"] = dict(own_backbone) | {"drop_path_rate": 0.0}
     adopted = replace(recipe, model=_plain(model))
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def _values_with_backbone(config: Any) -> dict[str, Any]:
+    backbone = config.backbone_config
+    return own_values(config) | {
+        "backbone_config": {"model_type": backbone.model_type, **own_values(backbone)}
+    }
 
 
 def own_values(config: Any) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import TrainOutput
 
+from hf_ssl.modeling.shared.distributed import wait_for_all
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.checkpoints import (
     STATE_FILE,
@@ -32,7 +33,7 @@ from hf_ssl.training.checkpoints import (
     why_torn,
     write_contents,
 )
-from hf_ssl.training.processes import on_first_process, wait_for_all
+from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.run_lock import run_lock
 
 logger = logging.getLogger(__name__)
@@ -133,18 +134,18 @@ class ResumingTrainer(Trainer):
         run = Path(super()._get_output_dir(trial))
         folder = run / f"checkpoint-{self.state.global_step}"
         with whole_checkpoint(folder, renames=self.args.should_save) as partial:
-            wait_for_all(self.args)  # the folder is there, and empty
+            wait_for_all()  # the folder is there, and empty
             self._staging = str(partial.parent)
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = None
             self._name_best(folder)
-            wait_for_all(self.args)  # all have written
+            wait_for_all()  # all have written
             if self.args.should_save:
                 self.state.save_to_json(str(partial / STATE_FILE))
                 write_contents(partial, StepLayout.of(self.args), self.args.save_only_model)
-        wait_for_all(self.args)  # it has its name
+        wait_for_all()  # it has its name
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:

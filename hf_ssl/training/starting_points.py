@@ -34,7 +34,6 @@ PREFIXES = (  # of the network's tensors in our encoders and in transformers' wr
     "timm_model.",
     "network.",
 )
-DISTILLING = "dinov2"  # the method with a frozen teacher
 ANY_ERROR = (OSError, RuntimeError, TypeError, ValueError)  # of loading what may not be there
 
 
@@ -153,13 +152,14 @@ def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
     """
     if distill_from is None:
         return recipe
-    if recipe.method != DISTILLING:
-        raise RecipeError(f"distill_from is for {DISTILLING}; {recipe.method} has no frozen teacher")
+    able = [name for name, method in METHODS.items() if hasattr(method.config_class, "distiller_config")]
+    if recipe.method not in able:
+        raise RecipeError(f"distill_from is for {', '.join(able)}; {recipe.method} has no frozen teacher")
     start = find_starting_point(distill_from)
     if not start.is_of(recipe.method):
         raise RecipeError(
             f"cannot distill from '{start.location}': it is a {start.config.model_type} without the heads of "
-            f"{DISTILLING}; give a run of {DISTILLING}, or a repository that has its pretraining/ folder"
+            f"{recipe.method}; give a run of {recipe.method}, or a repository with its pretraining/ folder"
         )
     logger.info("distilled from %s, which stands still", start.location)
     return replace(with_distiller_of(recipe, start.config), distill_from=str(start.location))
@@ -286,7 +286,7 @@ def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLFo
     else:
         _start_cnn(branch.backbone, encoder)
     model.sync_branches(model.base_model_prefix)
-    model.mark_fresh_heads()
+    model.starts_with_fresh_heads = True
     logger.info(
         "start     the encoder of %s (%s%s); heads%s start afresh",
         start.location,

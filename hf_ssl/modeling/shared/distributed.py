@@ -28,6 +28,12 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def wait_for_all() -> None:
+    """Return when every process has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 @torch.no_grad()
 def all_gather(x: Tensor) -> Tensor:
     """Rows of all processes in rank order, without gradient.

@@ -9,12 +9,15 @@ BF16_WORTH_IT = 1.3  # gain of a bare product below which casts and eager attent
 
 
 @cache
-def has_fast_bf16() -> bool:
-    """Whether bf16 is faster than fp32 here: a GPU that has it, or a CPU on which it was measured.
+def has_fast_bf16(device_type: str | None = None) -> bool:
+    """Whether bf16 is faster than fp32: on a GPU that has it, or on a CPU on which it was measured.
+
+    Args:
+        device_type: "cuda" or "cpu"; None: a GPU where there is one.
 
     CPU flags do not tell: a virtual machine can show `avx512_bf16` and run bf16 at half the speed of fp32.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and device_type != "cpu":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     seconds = _seconds_of_products([torch.float32, torch.bfloat16])
     return seconds[torch.bfloat16] < seconds[torch.float32] / BF16_WORTH_IT

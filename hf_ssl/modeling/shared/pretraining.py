@@ -157,7 +157,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     student: nn.Module
     teacher: nn.Module  # of methods that have one
-    starts_with_fresh_heads = False  # on an encoder that was trained before
+    starts_with_fresh_heads = False  # set by who put an encoder under them that was trained before
     _holds_backbone = False
 
     @property
@@ -189,10 +189,6 @@ class SSLForPreTraining(SSLPreTrainedModel):
         return ()
 
     # Heads before the backbone
-
-    def mark_fresh_heads(self) -> None:
-        """Say that the backbone was trained before and what is on it was not."""
-        self.starts_with_fresh_heads = True
 
     def hold_backbone(self, holds: bool) -> None:
         """Let the backbone stand still while heads find their place on it, or set it free.
