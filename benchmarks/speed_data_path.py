@@ -35,7 +35,10 @@ from hf_ssl.modeling import METHODS
 
 BATCH = 64
 SHUFFLE_BUFFER = 1000  # of streamed datasets
-UNDECODED = "tried: columns looked up once per row group (12 to 4 µs a row); of the 7 µs left reading takes 3"
+UNDECODED = (
+    "tried: columns looked up once a row group (5.0 to 1.9 µs a row beside reading), labels and texts as lists "
+    "(1.9 to 1.35), the order of a block as a list; reading alone takes 2.4 µs"
+)
 Run = Callable[[], Any]
 
 
