@@ -5,6 +5,7 @@ reference is taken within a round, and its median over the rounds is what is rep
 measured in a process of its own per candidate, as the heap that one leaves behind hides the peak of the next.
 """
 
+import argparse
 import ctypes
 import json
 import statistics
@@ -19,6 +20,7 @@ from typing import Any
 from report_files import RESULTS, table, write_report
 
 MEBIBYTE = 2**20
+DATA = RESULTS.parents[2] / "shared" / "data"
 
 
 @dataclass
@@ -146,6 +148,35 @@ def timing_rows(timings: dict[str, Timing], units: int, unit: str) -> list[str]:
             for name, timing in timings.items()
         ],
     )
+
+
+def speedup_gate(
+    what: str,
+    timings: dict[str, Timing],
+    peer: str,
+    aim: float | None = None,
+    *,
+    own: str = "ours",
+    note: str = "",
+) -> Gate:
+    """How often as fast as a peer, round by round; the note is kept where the aim is missed."""
+    ratios = [other / mine for other, mine in zip(timings[peer].seconds, timings[own].seconds, strict=True)]
+    gate = Gate(what, peer, statistics.median(ratios), aim, (min(ratios), max(ratios)))
+    gate.note = note if gate.met is False else ""
+    return gate
+
+
+def option_parser(doc: str | None, rounds: int) -> argparse.ArgumentParser:
+    """Parser of a benchmark's options, `--data` and `--rounds` among them.
+
+    Args:
+        doc: docstring of the benchmark; its first line is the help.
+        rounds: by default.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, default=DATA, help="folder of the datasets")
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of each candidate")
+    return parser
 
 
 def gate_lines(gates: list[Gate]) -> list[str]:

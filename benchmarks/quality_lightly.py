@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from lightly.models import utils
-from lightly.transforms import MAETransform, MoCoV2Transform, SimCLRTransform
-from lightly.transforms.multi_view_transform import MultiViewTransform
+from lightly_views import lightly_transform
 from PIL import Image
-from quality_lightly_distillation import DINO, iBOT, multi_crop_view
+from quality_lightly_distillation import DINO, iBOT
 from quality_lightly_methods import MAE, MoCo, SimCLR
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -48,41 +47,7 @@ MODELS = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "dino": DINO, "ibot": iBOT
 def build_transform(recipe: Recipe) -> Callable[[Image.Image], list[Tensor]]:
     """lightly's transform with the sizes and strengths of the recipe's views."""
     views = [{"size": recipe.config().image_size, **view} for view in recipe.processor["views"]]
-    if recipe.method in ("dino", "ibot"):
-        return MultiViewTransform([multi_crop_view(view) for view in views for _ in range(view["count"])])
-    return two_view_transform(recipe.method, views[0])
-
-
-def two_view_transform(method: str, view: dict[str, Any]) -> Callable[[Image.Image], list[Tensor]]:
-    """lightly's transform of a method whose views are all alike.
-
-    Raises:
-        ValueError: the view has something that lightly's transform cannot be told.
-    """
-    if tuple(view["crop"]["ratio"]) != (0.75, 4 / 3):
-        raise ValueError(f"lightly's crops have the ratios 3/4 to 4/3, not {view['crop']['ratio']}")
-    min_scale, largest = view["crop"]["scale"]
-    steps = {step["type"]: step for step in view["transforms"]}
-    known = {"horizontal_flip"} if method == "mae" else {"horizontal_flip", "color_jitter", "grayscale"}
-    if set(steps) - known or largest != 1:
-        raise ValueError(f"lightly's transform of {method} has no setting for {view}")
-    if method == "mae":
-        return MAETransform(input_size=view["size"], min_scale=min_scale)
-    jitter = steps["color_jitter"]
-    transform = {"simclr": SimCLRTransform, "moco": MoCoV2Transform}[method]
-    return transform(
-        input_size=view["size"],
-        min_scale=min_scale,
-        hf_prob=steps["horizontal_flip"]["probability"],
-        cj_prob=jitter["probability"],
-        cj_strength=1.0,  # the strengths below are final
-        cj_bright=jitter["brightness"],
-        cj_contrast=jitter["contrast"],
-        cj_sat=jitter["saturation"],
-        cj_hue=jitter["hue"],
-        random_gray_scale=steps["grayscale"]["probability"],
-        gaussian_blur=0.0,
-    )
+    return lightly_transform(recipe.method, views)
 
 
 class LightlyRun:

@@ -10,38 +10,11 @@ import torch
 from lightly.loss import DINOLoss, IBOTPatchLoss, KoLeoLoss
 from lightly.models import utils
 from lightly.models.modules.heads import DINOProjectionHead
-from lightly.transforms.dino_transform import DINOViewTransform
 from lightly.utils.scheduler import cosine_schedule
 from quality_lightly_methods import Backbone, Method
 from torch import Tensor, nn
 
 NUM_GLOBAL_VIEWS = 2
-
-
-def multi_crop_view(view: dict[str, Any]) -> DINOViewTransform:
-    """lightly's transform of one view of ours.
-
-    Raises:
-        ValueError: the view has something that lightly's transform cannot be told.
-    """
-    steps = {step["type"]: step for step in view["transforms"]}
-    if set(steps) != {"horizontal_flip", "color_jitter", "grayscale"}:
-        raise ValueError(f"the benchmark tells lightly flip, jitter and grayscale only, not {sorted(steps)}")
-    jitter = steps["color_jitter"]
-    return DINOViewTransform(
-        crop_size=view["size"],
-        crop_scale=tuple(view["crop"]["scale"]),
-        hf_prob=steps["horizontal_flip"]["probability"],
-        cj_prob=jitter["probability"],
-        cj_strength=1.0,  # the strengths below are final
-        cj_bright=jitter["brightness"],
-        cj_contrast=jitter["contrast"],
-        cj_sat=jitter["saturation"],
-        cj_hue=jitter["hue"],
-        random_gray_scale=steps["grayscale"]["probability"],
-        gaussian_blur=0.0,
-        solarization_prob=0.0,
-    )
 
 
 class Branch(nn.Module):

@@ -6,7 +6,6 @@ Small rows are CIFAR-10, big ones photographs of 500 x 375 pixels in JPEG; both 
 are MAE's on both sides: one random crop and a flip.
 """
 
-import argparse
 import contextlib
 import itertools
 import os
@@ -20,8 +19,7 @@ import pyarrow.parquet as pq
 import torch
 from datasets import Dataset, Features, disable_progress_bars, load_dataset
 from datasets import Image as ImageFeature
-from interleaved import Gate, Part, Timing, interleave, timing_rows
-from quality import ROOT
+from interleaved import Gate, Part, Timing, interleave, option_parser, speedup_gate, timing_rows
 from speed_views import MEAN, STD, photographs
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
@@ -36,8 +34,8 @@ from hf_ssl.modeling import METHODS
 BATCH = 64
 SHUFFLE_BUFFER = 1000  # of streamed datasets
 UNDECODED = (
-    "tried: columns looked up once a row group (5.0 to 1.9 µs a row beside reading), labels and texts as lists "
-    "(1.9 to 1.35), the order of a block as a list; reading alone takes 2.4 µs"
+    "tried: columns looked up once a row group (5.0 to 1.9 µs a row beside reading), labels and texts as "
+    "lists (1.9 to 1.35), the order of a block as a list; reading alone takes 2.4 µs"
 )
 Run = Callable[[], Any]
 
@@ -179,19 +177,9 @@ def torch_rows(folder: Path, num_rows: int) -> Run:
     return lambda: sum(row["image"].numel() for row in itertools.islice(dataset, num_rows))
 
 
-def gate(what: str, timings: dict[str, Timing], peer: str, aim: float | None) -> Gate:
-    """How often as fast as a peer."""
-    pairs = zip(timings[peer].seconds, timings["ours"].seconds, strict=True)
-    ratios = sorted(theirs / ours for theirs, ours in pairs)
-    return Gate(what, peer, ratios[len(ratios) // 2], aim, (ratios[0], ratios[-1]))
-
-
 def main() -> None:
     """Time everything and write the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = option_parser(__doc__, rounds=5).parse_args()
     torch.set_num_threads(1)
     disable_progress_bars()
     body = [
@@ -215,8 +203,7 @@ def main() -> None:
             clocks = {"reference": "datasets", "rounds": options.rounds}
             timings = interleave(undecoded(folder, num_rows), **clocks)
             report(f"{kind} rows, undecoded", timings, num_rows)
-            gates.append(gate(f"{kind} rows, undecoded", timings, "datasets", 5))
-            gates[-1].note = "" if gates[-1].met else UNDECODED
+            gates.append(speedup_gate(f"{kind} rows, undecoded", timings, "datasets", 5, note=UNDECODED))
             clocks["reference"] = "datasets, map-style"
             runs = whole_path(folder, size, 0, num_rows // 2)
             runs["decoding alone"] = decoding_alone(folder, num_rows // 2)
@@ -224,18 +211,18 @@ def main() -> None:
             timings = interleave(runs, **clocks)
             report(f"{kind} rows to views, 0 workers", timings, num_rows // 2)
             for peer in ("datasets, map-style", "datasets, streamed"):
-                gates.append(gate(f"{kind} rows to views, 0 workers", timings, peer, 1.0))
+                gates.append(speedup_gate(f"{kind} rows to views, 0 workers", timings, peer, 1.0))
             if kind == "small":
                 peer = "datasets, rows in torch's format"
-                gates.append(gate("small rows to views against rows alone", timings, peer, 5))
+                gates.append(speedup_gate("small rows to views against rows alone", timings, peer, 5))
             timings = interleave(whole_path(folder, size, 2, num_rows), **clocks, clock=time.perf_counter)
             report(f"{kind} rows to views, 2 workers", timings, num_rows)
             for peer in ("datasets, map-style", "datasets, streamed"):
-                gates.append(gate(f"{kind} rows to views, 2 workers", timings, peer, 1.0))
+                gates.append(speedup_gate(f"{kind} rows to views, 2 workers", timings, peer, 1.0))
             clocks["rounds"] = 3
             timings = interleave(first_batch(folder, size), **clocks, clock=time.perf_counter)
             report(f"{kind} rows, first batch with 2 workers", timings, BATCH)
-            gates.append(gate(f"{kind} rows, first batch", timings, "datasets, streamed", 1.0))
+            gates.append(speedup_gate(f"{kind} rows, first batch", timings, "datasets, streamed", 1.0))
     Part("speed_data_path", "Data path", "speed_data_path.py", body, gates, {"seconds": data}).write()
 
 

@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from interleaved import Gate, Part, in_fresh_process, interleave, peak_memory
 from report_files import table
-from speed_steps import SMALL_VIT, TINY_VIT
+from speed_steps import SMALL_VIT, TINY_VIT, protocol_step
 
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import open_images
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.knn import nearest_neighbors
 from hf_ssl.modeling import METHODS
-from hf_ssl.training.optimizers import build_optimizer
 
 ROWS = (1_000, 10_000, 100_000, 1_000_000)
 ROWS_PER_FILE, ROWS_PER_GROUP, BATCH = 100_000, 2_000, 64
@@ -113,23 +112,9 @@ def step(method: str, batch: int, size: int | None, **config: Any) -> Any:
     """One optimizer step of a model on random images."""
     torch.manual_seed(0)
     model = METHODS[method].pretraining_class(METHODS[method].config_class(**config)).train()
-    model.freeze_targets()
-    optimizer = build_optimizer("adamw", model.parameter_groups(0.05, False), 1e-4)
     side = size or model.config.image_size
     shape = (batch, 3, side, side) if method == "mae" else (batch, 2, 3, side, side)
-    inputs = {"pixel_values": torch.randn(shape), "row_index": torch.arange(batch)}
-
-    def run() -> None:
-        model.begin_step(0, 10)
-        model.prepare_step([inputs])
-        outputs = model(**inputs)
-        outputs.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            model.end_step([outputs.updates or {}])
-
-    return run
+    return protocol_step(model, "adamw", {"pixel_values": torch.randn(shape)})
 
 
 def per_image(runs: dict[int, Any], images: dict[int, int], rounds: int) -> dict[int, float]:

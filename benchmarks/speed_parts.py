@@ -3,14 +3,13 @@
 python benchmarks/speed_parts.py [--rounds 7]
 """
 
-import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Gate, Part, interleave
+from interleaved import Part, interleave, option_parser, speedup_gate
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models import utils
 from prototypes import TEACHER_TEMPERATURE, chunked
@@ -141,9 +140,7 @@ PARTS: dict[str, tuple[Callable[[], Runs], dict[str, float]]] = {
 
 def main() -> None:
     """Time all parts and write the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
+    options = option_parser(__doc__, rounds=7).parse_args()
     torch.set_num_threads(1)
     rows, gates, data = [], [], {}
     for name, (build, aims) in PARTS.items():
@@ -156,10 +153,7 @@ def main() -> None:
         data[name] = {side: timing.seconds for side, timing in timings.items()}
         for side, timing in timings.items():
             rows.append([name, side, f"{1000 * timing.median:.1f}", f"{timing.speedup:.2f}"])
-        for peer, aim in aims.items():
-            pairs = zip(timings[peer].seconds, timings["ours"].seconds, strict=True)
-            ratios = sorted(theirs / ours for theirs, ours in pairs)
-            gates.append(Gate(name, peer, ratios[len(ratios) // 2], aim, (ratios[0], ratios[-1])))
+        gates += [speedup_gate(name, timings, peer, aim) for peer, aim in aims.items()]
     body = ["One thread, float32; forward and backward.", "", *table(["part", "", "ms", "ratio"], rows)]
     Part("speed_parts", "Parts of a step", "speed_parts.py", body, gates, {"seconds": data}).write()
 

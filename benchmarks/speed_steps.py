@@ -15,7 +15,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from interleaved import Gate, Part, Timing, in_fresh_process, interleave, peak_memory, timing_rows
+from interleaved import (
+    Gate,
+    Part,
+    Timing,
+    in_fresh_process,
+    interleave,
+    peak_memory,
+    speedup_gate,
+    timing_rows,
+)
 from lightly.models import utils
 from quality_lightly_distillation import DINO
 from quality_lightly_methods import MAE, Method, MoCo, SimCLR
@@ -87,8 +96,8 @@ AIMS = {  # ours in bf16 to the peer in bf16, and to the peer in fp32
 NOTES = {  # where an aim is missed: what was tried
     "MAE ViT-Ti/16": "tried: only hidden patches predicted (1.23 to 1.37), softmax without a float32 copy "
     "(1.39 in one run), query, key and value in one product (no gain)",
-    "DINO ViT-Ti/16, K = 65536": "105 of our MiB are gradients, which "
-    "lightly has too; few logits to save at batch 2. The aim was found without trimming the heap first (0.20)",
+    "DINO ViT-Ti/16, K = 65536": "105 of our MiB are gradients, which lightly has too; "
+    "few logits to save at batch 2. The aim was found without trimming the heap first (0.20)",
 }
 TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
 FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
@@ -129,12 +138,18 @@ def our_step(name: str, bf16: bool) -> Run:
         model.set_attn_implementation("eager")  # as the trainer does on a CPU
     if SETTINGS[name]["backbone_config"] is RESNET:
         model.to(memory_format=torch.channels_last)
-    model.freeze_targets()
-    optimizer = build_optimizer(OPTIMIZERS[method], model.parameter_groups(0.05, False), 1e-4)
     views, local_views = views_of(name)
-    batch = {"pixel_values": views, "row_index": torch.arange(len(views))}
+    batch = {"pixel_values": views}
     if local_views is not None:
         batch["local_pixel_values"] = local_views
+    return protocol_step(model, OPTIMIZERS[method], batch, bf16)
+
+
+def protocol_step(model: Any, optimizer_name: str, batch: dict[str, Tensor], bf16: bool = False) -> Run:
+    """One call is one optimizer step of a model of ours on these views."""
+    model.freeze_targets()
+    optimizer = build_optimizer(optimizer_name, model.parameter_groups(0.05, False), 1e-4)
+    batch = batch | {"row_index": torch.arange(len(batch["pixel_values"]))}
     steps = iter(range(10**9))
 
     def run() -> None:
@@ -228,14 +243,12 @@ def memory_of(name: str, candidate: str) -> float:
 
 def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) -> list[Gate]:
     """Promises of one setting."""
+    note = NOTES.get(name, "")
 
     def gate(own: str, peer: str, aim: float | None) -> Gate:
-        pairs = zip(timings[peer].seconds, timings[own].seconds, strict=True)
-        ratios = sorted(theirs / ours for theirs, ours in pairs)
-        return Gate(f"{name}, {own}", peer, ratios[len(ratios) // 2], aim, (ratios[0], ratios[-1]))
+        return speedup_gate(f"{name}, {own}", timings, peer, aim, own=own, note=note)
 
     same, other = AIMS.get(name, (None, None))
-    note = NOTES.get(name, "")
     gates = [
         gate("ours fp32", "lightly fp32", FP32_AIMS.get(name)),
         gate("ours bf16", "lightly bf16", same),
@@ -245,10 +258,9 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
         gates.append(gate("ours bf16", "transformers fp32", TRANSFORMERS_AIM))
         gates.append(gate("ours fp32", "transformers fp32", None))
     share = memory["ours fp32"] / memory["lightly fp32"]
-    gates.append(Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True))
-    for missed in gates:
-        missed.note = note if missed.met is False else ""
-    return gates
+    memory_gate = Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True)
+    memory_gate.note = note if memory_gate.met is False else ""
+    return [*gates, memory_gate]
 
 
 def main() -> None:

@@ -4,7 +4,6 @@ python benchmarks/speed_views.py [--data ../shared/data] [--rounds 5]
 
 """
 
-import argparse
 import io
 import os
 from collections.abc import Callable, Sequence
@@ -20,12 +19,9 @@ import kornia.augmentation as K
 import numpy as np
 import torch
 from albumentations.pytorch import ToTensorV2
-from interleaved import Gate, Part, interleave, timing_rows
-from lightly.transforms import MoCoV2Transform, SimCLRTransform
-from lightly.transforms.dino_transform import DINOViewTransform
-from lightly.transforms.multi_view_transform import MultiViewTransform
+from interleaved import Part, interleave, option_parser, speedup_gate, timing_rows
+from lightly_views import Views, lightly_transform, probability, strengths
 from PIL import Image
-from quality import ROOT
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -59,70 +55,12 @@ AIMS = {  # of ratios to these peers
 PLAIN_AIMS = {"SimCLR 2x224": 1.4}  # of ours without the extra `fast`, to lightly
 PEERS = ("lightly", "torchvision", "albumentations", "kornia")
 
-Views = list[dict[str, Any]]
 Run = Callable[[], Any]
-
-
-def steps_of(view: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Transforms of a view by type."""
-    return {step["type"]: step for step in view["transforms"]}
-
-
-def strengths(view: dict[str, Any]) -> list[float]:
-    """Of brightness, contrast, saturation, hue."""
-    jitter = steps_of(view)["color_jitter"]
-    return [jitter[name] for name in ("brightness", "contrast", "saturation", "hue")]
-
-
-def probability(view: dict[str, Any], name: str) -> float:
-    """How often a transform happens; 0 where the view has none."""
-    return float(steps_of(view).get(name, {"probability": 0.0})["probability"])
 
 
 def blur_kernel(size: int) -> int:
     """A tenth of the side, odd, as the authors of SimCLR have it."""
     return max(int(0.1 * size) // 2 * 2 + 1, 3)
-
-
-def lightly_transform(method: str, views: Views) -> Callable[[Image.Image], list[Tensor]]:
-    """lightly's own transform of the method."""
-    if method == "dino":
-        return MultiViewTransform([dino_view(view) for view in views for _ in range(view["count"])])
-    view = views[0]
-    brightness, contrast, saturation, hue = strengths(view)
-    transform = {"simclr": SimCLRTransform, "moco": MoCoV2Transform}[method]
-    return transform(
-        input_size=view["size"],
-        min_scale=view["crop"]["scale"][0],
-        cj_prob=probability(view, "color_jitter"),
-        cj_strength=1.0,
-        cj_bright=brightness,
-        cj_contrast=contrast,
-        cj_sat=saturation,
-        cj_hue=hue,
-        random_gray_scale=probability(view, "grayscale"),
-        gaussian_blur=probability(view, "gaussian_blur"),
-        sigmas=(0.1, 2.0),
-    )
-
-
-def dino_view(view: dict[str, Any]) -> DINOViewTransform:
-    """One view of lightly's DINO transform."""
-    brightness, contrast, saturation, hue = strengths(view)
-    return DINOViewTransform(
-        crop_size=view["size"],
-        crop_scale=tuple(view["crop"]["scale"]),
-        cj_prob=probability(view, "color_jitter"),
-        cj_strength=1.0,
-        cj_bright=brightness,
-        cj_contrast=contrast,
-        cj_sat=saturation,
-        cj_hue=hue,
-        random_gray_scale=probability(view, "grayscale"),
-        gaussian_blur=probability(view, "gaussian_blur"),
-        sigmas=(0.1, 2.0),
-        solarization_prob=probability(view, "solarize"),
-    )
 
 
 def torchvision_view(view: dict[str, Any]) -> Callable[[Image.Image], Tensor]:
@@ -271,10 +209,7 @@ def small_arrays(folder: Path, count: int = 256) -> list[Any]:
 
 def main() -> None:
     """Time all settings and write the report."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = option_parser(__doc__, rounds=5).parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(0)
     images = {"jpeg": photographs(options.data), "array": small_arrays(options.data)}
@@ -285,16 +220,9 @@ def main() -> None:
         timings = interleave(runs, reference="lightly", rounds=options.rounds)
         body += ["", f"## {name}", "", *timing_rows(timings, len(images[kind]), "images")]
         data[name] = {candidate: timing.seconds for candidate, timing in timings.items()}
-        ours = timings["ours"]
-        for peer in PEERS:
-            speedups = [o / i for o, i in zip(timings[peer].seconds, ours.seconds, strict=True)]
-            median = sorted(speedups)[len(speedups) // 2]
-            spread = (min(speedups), max(speedups))
-            gates.append(Gate(name, peer, median, AIMS[name].get(peer), spread))
-        plain = timings["ours without the extra"]
-        gates.append(
-            Gate(f"{name}, without the extra", "lightly", plain.speedup, PLAIN_AIMS.get(name), plain.spread)
-        )
+        gates += [speedup_gate(name, timings, peer, AIMS[name].get(peer)) for peer in PEERS]
+        plain, aim = "ours without the extra", PLAIN_AIMS.get(name)
+        gates.append(speedup_gate(f"{name}, without the extra", timings, "lightly", aim, own=plain))
     Part("speed_views", "Views", "speed_views.py", body, gates, {"seconds": data}).write()
 
 

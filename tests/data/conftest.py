@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ssl.data import views as view_module
 from hf_ssl.data.decoding import decode_image
 
 SIDE = 4
@@ -77,3 +78,12 @@ def number_of() -> Callable[[Tensor], int]:
 @pytest.fixture
 def numbered_views() -> NumberedViews:
     return NumberedViews()
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def engine(request, monkeypatch) -> str:
+    """A test that uses it runs with both ways to make views."""
+    if request.param == "compiled":
+        pytest.importorskip("numba", reason="comes with the extra `fast`")
+    monkeypatch.setattr(view_module, "can_compile", lambda: request.param == "compiled")
+    return request.param

@@ -6,10 +6,11 @@ import torch
 from PIL import Image
 
 from hf_ssl.data import batched_views
-from hf_ssl.data import views as view_module
 from hf_ssl.data.batched_views import resize_matrices
 from hf_ssl.data.pixels import OPERATIONS
 from hf_ssl.data.views import ViewMaker
+
+pytestmark = pytest.mark.usefixtures("engine")
 
 TRANSFORMS = [
     {"type": "horizontal_flip", "probability": 0.5},
@@ -25,15 +26,6 @@ TRANSFORMS = [
     {"type": "gaussian_blur", "probability": 0.5},
     {"type": "solarize", "probability": 0.2},
 ]
-
-
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def engine(request, monkeypatch):
-    """Every test runs with both ways to make views."""
-    if request.param == "compiled":
-        pytest.importorskip("numba", reason="comes with the extra `fast`")
-    monkeypatch.setattr(view_module, "can_compile", lambda: request.param == "compiled")
-    return request.param
 
 
 def images(count: int, height: int = 32, width: int = 32) -> list[np.ndarray]:

@@ -11,7 +11,6 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvF
 
-from hf_ssl.data import views as view_module
 from hf_ssl.data.pixels import OPERATIONS, blur, crop_and_resize, gaussian_taps
 from hf_ssl.data.view_recipe import CropSpec
 from hf_ssl.data.views import Step, ViewMaker, ViewParameters, draw_crop, evaluation_view
@@ -19,14 +18,7 @@ from hf_ssl.data.views import Step, ViewMaker, ViewParameters, draw_crop, evalua
 JITTER = {"type": "color_jitter", "brightness": 0.4, "contrast": 0.4, "saturation": 0.2, "hue": 0.1}
 NUM_DRAWS = 2000
 
-
-@pytest.fixture(params=["compiled", "plain"], autouse=True)
-def engine(request, monkeypatch):
-    """Every test runs with both ways to make views."""
-    if request.param == "compiled":
-        pytest.importorskip("numba", reason="comes with the extra `fast`")
-    monkeypatch.setattr(view_module, "can_compile", lambda: request.param == "compiled")
-    return request.param
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def recipe(*transforms: dict[str, Any], **entry: Any) -> list[dict[str, Any]]:
