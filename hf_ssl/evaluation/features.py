@@ -69,7 +69,7 @@ def pool_tokens(
         return hidden[:, 0]
     if pool == "mean":
         return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, num_prefix_tokens:].mean(dim=1)
-    return _pool_quarters(_as_map(hidden, num_prefix_tokens, grid))
+    return _pool_quarters(as_map(hidden, num_prefix_tokens, grid))
 
 
 def _check_pool(pool: str) -> None:
@@ -77,7 +77,8 @@ def _check_pool(pool: str) -> None:
         raise ValueError(f"pool {pool!r} is unknown; use one of {', '.join(POOLS)}")
 
 
-def _as_map(hidden: Tensor, num_prefix_tokens: int, grid: tuple[int, int] | None) -> Tensor:
+def as_map(hidden: Tensor, num_prefix_tokens: int, grid: tuple[int, int] | None) -> Tensor:
+    """Patch tokens (B, T, D) as a map (B, D, H, W); a map is returned as it is."""
     if hidden.ndim == 4:
         return hidden
     patches_BND = hidden[:, num_prefix_tokens:]
@@ -115,8 +116,12 @@ def token_layout(
     hidden = outputs.last_hidden_state
     if hidden.ndim == 4:
         return 0, None
-    patch_height, patch_width = _patch_size(encoder)
-    grid = (pixel_values.shape[-2] // patch_height, pixel_values.shape[-1] // patch_width)
+    patch_size = find_patch_size(encoder)
+    if patch_size is None:
+        raise ValueError(
+            f'{type(encoder).__name__} tells no patch_size, so its tokens have no grid; use the pool "pooler"'
+        )
+    grid = (pixel_values.shape[-2] // patch_size[0], pixel_values.shape[-1] // patch_size[1])
     num_prefix_tokens = hidden.shape[1] - grid[0] * grid[1]
     if num_prefix_tokens < 0:
         raise ValueError(
@@ -125,16 +130,14 @@ def token_layout(
     return num_prefix_tokens, grid
 
 
-def _patch_size(encoder: nn.Module) -> tuple[int, int]:
-    """From the config, or from the patch embedding where the config has none (timm)."""
+def find_patch_size(encoder: nn.Module) -> tuple[int, int] | None:
+    """From the config, or from the patch embedding where the config has none (timm); None for CNNs."""
     config = getattr(encoder, "config", None)
     for owner in (config, getattr(config, "backbone_config", None), *encoder.modules()):
         size = getattr(owner, "patch_size", None)
         if size is not None:
             return (size, size) if isinstance(size, int) else (size[0], size[1])
-    raise ValueError(
-        f'{type(encoder).__name__} tells no patch_size, so its tokens have no grid; use the pool "pooler"'
-    )
+    return None
 
 
 @contextmanager
