@@ -113,9 +113,11 @@ def evaluate_segmentation(
         The floors, then the encoder.
 
     Raises:
-        ValueError: a row without annotation, an annotation with classes that do not exist, or images smaller
+        ValueError: no rows, a row without annotation, an annotation with classes that do not exist, or images smaller
             than a patch.
     """
+    if not len(train) or not len(test):
+        raise ValueError(f"got {len(train)} training and {len(test)} test rows; need at least one of each")
     patch = find_patch_size(encoder) or (CNN_STRIDE, CNN_STRIDE)
     width, height = _picture(train[0]["image"]).size
     size = _whole_patches(size or (height, width), patch)

@@ -121,3 +121,8 @@ def test_a_row_without_annotation_is_named():
     rows[1]["annotation"] = None
     with pytest.raises(ValueError, match="row 1 has no annotation"):
         evaluate(rows)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="got 0 training and 4 test rows"):
+        evaluate(colored_rows(4))
