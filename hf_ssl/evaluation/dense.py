@@ -113,8 +113,8 @@ def evaluate_segmentation(
         The floors, then the encoder.
 
     Raises:
-        ValueError: no rows, a row without annotation, an annotation with classes that do not exist, or images smaller
-            than a patch.
+        ValueError: no rows, a row without annotation, an annotation with classes that do not exist, or
+            images smaller than a patch.
     """
     if not len(train) or not len(test):
         raise ValueError(f"got {len(train)} training and {len(test)} test rows; need at least one of each")
