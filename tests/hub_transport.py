@@ -3,6 +3,7 @@
 import contextlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
@@ -69,7 +70,7 @@ class RefusedError(Exception):
         self.content = {"error": message, **content}
 
 
-class LoggingHandler(BaseHTTPRequestHandler):
+class LoggingHandler(BaseHTTPRequestHandler, ABC):
     """Reads and logs the requests of one connection, and answers as far as a fault lets it through."""
 
     protocol_version = "HTTP/1.1"
@@ -129,9 +130,9 @@ class LoggingHandler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
+    @abstractmethod
     def answer(self, path: str) -> Answer:
         """The answer to the request with this path; RefusedError is one as well."""
-        raise NotImplementedError
 
     def reply(self, status: int, body: bytes, headers: dict[str, str]) -> None:
         """Sends an answer, as far as the request's fault lets it through."""
