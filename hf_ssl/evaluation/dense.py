@@ -20,8 +20,10 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_ssl.data.decoding import decode_image
 from hf_ssl.evaluation.baselines import random_encoder
 from hf_ssl.evaluation.features import as_map, evaluating, find_patch_size, place_inputs, token_layout
+from hf_ssl.evaluation.images import decode_picture
 from hf_ssl.evaluation.knn import knn_scores
 from hf_ssl.evaluation.linear_probe import fit_linear_probe
 from hf_ssl.evaluation.protocol import ENCODER, PIXELS, RANDOM
@@ -52,7 +54,9 @@ class ConfusionMatrix:
 
     def add(self, prediction: Tensor, target: Tensor) -> None:
         """Both of any equal shape, classes 0 to C - 1; pixels of the ignored class do not count."""
-        known = target != self.ignore_index if self.ignore_index is not None else torch.ones_like(target) > 0
+        known = torch.ones_like(target, dtype=torch.bool)
+        if self.ignore_index is not None:
+            known = target != self.ignore_index
         num_classes = len(self.counts_CC)
         cells = target[known].long() * num_classes + prediction[known].long()
         self.counts_CC += torch.bincount(cells, minlength=num_classes**2).view(num_classes, num_classes)
@@ -119,8 +123,7 @@ def evaluate_segmentation(
     if not len(train) or not len(test):
         raise ValueError(f"got {len(train)} training and {len(test)} test rows; need at least one of each")
     patch = find_patch_size(encoder) or (CNN_STRIDE, CNN_STRIDE)
-    width, height = _picture(train[0]["image"]).size
-    size = _whole_patches(size or (height, width), patch)
+    size = _whole_patches(size or decode_image(train[0]["image"]).shape[:2], patch)
     classes = _Classes(num_classes, ignore_index)
 
     def read(rows: Rows) -> Iterator[Batch]:
@@ -149,10 +152,16 @@ class _Classes:
 
     def check(self, annotation_HW: Tensor) -> Tensor:
         """The same annotation, if its classes exist."""
-        found = set(annotation_HW.unique().tolist()) - {self.ignored}
-        if found and max(found) >= self.number:
+        if annotation_HW.ndim != 2:
             raise ValueError(
-                f"annotations have the class {max(found)}, but num_classes is {self.number} and "
+                f"an annotation has the shape {tuple(annotation_HW.shape)}; give pictures of one channel "
+                "that holds the class"
+            )
+        found = set(annotation_HW.unique().tolist()) - {self.ignored}
+        unknown = [label for label in found if not 0 <= label < self.number]
+        if unknown:
+            raise ValueError(
+                f"annotations have the class {max(unknown)}, but num_classes is {self.number} and "
                 f"ignore_index {self.ignored}; raise num_classes, or name the class to ignore"
             )
         return annotation_HW
@@ -217,24 +226,30 @@ def _whole_patches(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, 
 
 
 def _batches(rows: Rows, processor: Any, size: tuple[int, int], batch_size: int) -> Iterator[Batch]:
-    """Normalised images of one size (B, C, H, W), and their annotations at the size they have."""
+    """Normalised images of one size (B, C, H, W), and their annotations at the size they have.
+
+    Broken images are left out and named in the log.
+    """
     for start in range(0, len(rows), batch_size):
         pictures, annotations = [], []
         for number in range(start, min(start + batch_size, len(rows))):
             row = rows[number]
             if row.get("annotation") is None:
                 raise ValueError(f"row {number} has no annotation; every row needs one class a pixel")
-            picture = _picture(row["image"]).convert("RGB")
-            pictures.append(picture.resize(size[::-1], Image.Resampling.BICUBIC))
-            annotations.append(torch.from_numpy(np.array(_picture(row["annotation"]))))
+            picture = decode_picture(row["image"], number)
+            if picture is not None:
+                pictures.append(picture.resize(size[::-1], Image.Resampling.BICUBIC))
+                annotations.append(_classes_of(row["annotation"]))
+        if not pictures:
+            continue
         inputs = processor(images=pictures, do_resize=False, do_center_crop=False, return_tensors="pt")
         yield inputs["pixel_values"], annotations
 
 
-def _picture(image: Any) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    return Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
+def _classes_of(annotation: bytes | Image.Image) -> Tensor:
+    """Numbers of a picture as they are stored, of a palette too: (H, W)."""
+    picture = Image.open(io.BytesIO(annotation)) if isinstance(annotation, bytes) else annotation
+    return torch.from_numpy(np.array(picture))
 
 
 def _pixel_map(pixels_BCHW: Tensor, patch: tuple[int, int]) -> Tensor:

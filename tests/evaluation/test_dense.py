@@ -7,10 +7,19 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_ssl.evaluation.dense import ConfusionMatrix, evaluate_segmentation, patch_map
+from hf_ssl.modeling.mae import MAEConfig, MAEModel
 from tests.evaluation.tiny import tiny_vit
 
 COLORS = np.array([[220, 30, 30], [30, 220, 30], [30, 30, 220]], np.uint8)
 IGNORED = 3
+VIT = {
+    "model_type": "hf_ssl_vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+}
 
 
 def colored_rows(count: int, cell: int = 4, side: int = 16) -> list[dict]:
@@ -36,8 +45,7 @@ def test_mean_iou_matches_the_known_value(golden):
     tensors = golden("zeroshot")
     num_classes = len(tensors["dense.iou_per_class"])
     counts = ConfusionMatrix(num_classes, ignore_index=255)
-    for prediction, target in zip(tensors["dense.pred"], tensors["dense.target"], strict=True):
-        counts.add(prediction, target)
+    counts.add(tensors["dense.pred"], tensors["dense.target"])
     torch.testing.assert_close(counts.iou(), tensors["dense.iou_per_class"].double(), rtol=1e-6, atol=1e-6)
     assert counts.mean_iou() == pytest.approx(float(tensors["dense.miou"]), abs=1e-6)
 
@@ -86,21 +94,31 @@ def test_map_keeps_the_place_of_patches():
     torch.testing.assert_close(features[0, :, 1, 2], tokens[0, 6].detach())
 
 
-def test_images_of_another_size_than_in_training_are_taken():
-    rows = colored_rows(12, side=24)
-    encoder = tiny_vit(24)
-    scores = evaluate_segmentation(
-        encoder,
-        ViTImageProcessor(),
-        rows[:8],
-        rows[8:],
-        3,
-        ignore_index=IGNORED,
-        floors=False,
-        num_neighbors=3,
-        size=(24, 27),
+def test_images_of_another_size_than_in_training_are_cut_to_whole_patches():
+    encoder = MAEModel(MAEConfig(backbone_config=VIT))  # for 16 pixels
+    shapes = set()
+    encoder.register_forward_pre_hook(
+        lambda _, __, inputs: shapes.add(tuple(inputs["pixel_values"].shape[1:])), with_kwargs=True
     )
-    assert len(scores) == 1
+    rows, processor = colored_rows(12, side=24), ViTImageProcessor()
+    options = {"ignore_index": IGNORED, "floors": False, "num_neighbors": 3}
+    evaluate_segmentation(encoder, processor, rows[:8], rows[8:], 3, size=(24, 30), **options)
+    assert shapes == {(3, 24, 28)}
+
+
+def test_broken_images_are_left_out(caplog):
+    rows = colored_rows(24)
+    whole = evaluate(rows, floors=False)
+    broken = {"image": b"no image", "annotation": rows[0]["annotation"]}
+    assert evaluate([rows[0], broken, *rows[1:]], floors=False) == whole
+    assert "row 1 left out" in caplog.text
+
+
+def test_an_annotation_in_color_is_named():
+    rows = colored_rows(12)
+    rows[0]["annotation"] = rows[0]["image"]
+    with pytest.raises(ValueError, match="an annotation has the shape .16, 16, 3.; give pictures of one"):
+        evaluate(rows)
 
 
 @pytest.mark.parametrize(
