@@ -20,20 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from quality import ROOT  # noqa: E402
+from quality import DATA  # noqa: E402
 from report_files import RESULTS, table, write_report  # noqa: E402
+from small_vit import small_vit  # noqa: E402
 
 from hf_ssl.training.continuing import DEFAULT_DROP  # noqa: E402
 from hf_ssl.training.run import Run, train  # noqa: E402
 
-VIT = {
-    "model_type": "hf_ssl_vit",
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "patch_size": 8,
-    "image_size": 32,
-}
 WAYS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "heads alone first, no guard": {"max_knn_drop": 1.0},
@@ -44,7 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="kNN of an encoder that training goes on with.")
-    parser.add_argument("--data", default=str(ROOT.parent / "shared" / "data" / "cifar10"))
+    parser.add_argument("--data", default=str(DATA / "cifar10"))
     parser.add_argument("--method", default="dinov2")
     parser.add_argument("--first_steps", type=int, default=900, help="Of the first training.")
     parser.add_argument("--steps", type=int, default=300, help="Of each further one.")
@@ -115,7 +108,7 @@ def measure(options: argparse.Namespace, folder: Path, seed: int) -> list[dict[s
 
 def run(method: str, folder: Path, **options: Any) -> Run:
     """A run of the small recipe of a method with the small ViT."""
-    return train(recipe=f"{method}_small", output_dir=str(folder), **VIT, **options)
+    return train(recipe=f"{method}_small", output_dir=str(folder), **small_vit(32), **options)
 
 
 def scores_of(went_on: Run) -> dict[str, float]:

@@ -19,8 +19,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import Dataset, load_dataset  # noqa: E402
-from interleaved import DATA  # noqa: E402
+from quality import DATA  # noqa: E402
 from report_files import RESULTS, table, write_report  # noqa: E402
+from small_vit import small_vit  # noqa: E402
 
 from hf_ssl.cli.loading import load_encoder  # noqa: E402
 from hf_ssl.evaluation.dense import DenseScore, evaluate_segmentation  # noqa: E402
@@ -28,14 +29,6 @@ from hf_ssl.evaluation.protocol import ENCODER  # noqa: E402
 from hf_ssl.training.run import train  # noqa: E402
 
 METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2", "ijepa")
-VIT = {
-    "model_type": "hf_ssl_vit",
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "patch_size": 8,
-    "image_size": 64,
-}
 NUM_CLASSES = IGNORED = 11  # the twelfth is "unlabelled"
 NUM_PATCHES = 8_000
 
@@ -95,7 +88,7 @@ def measure(method: str, options: argparse.Namespace, scenes: list[Dataset]) -> 
             "probe_limit": 200, "probe_linear": False, "eval_steps": options.steps,
             "save_steps": options.steps, "disable_tqdm": True, "report_to": "none",
         }  # fmt: skip
-        run = train(recipe=f"{method}_small", output_dir=folder, **VIT, **settings)
+        run = train(recipe=f"{method}_small", output_dir=folder, **small_vit(64), **settings)
         encoder, processor = load_encoder(str(run.folder))
         return evaluate_segmentation(
             encoder, processor, *scenes, NUM_CLASSES, ignore_index=IGNORED, num_patches=NUM_PATCHES

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from quality import DATA
 from report_files import RESULTS, table, write_report
 
 MEBIBYTE = 2**20
-DATA = RESULTS.parents[2] / "shared" / "data"
 
 
 @dataclass

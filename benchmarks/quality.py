@@ -25,7 +25,7 @@ from quality_report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hf_ssl" / "training" / "recipes"
-DATA = str(ROOT.parent / "shared" / "data" / "cifar10")
+DATA = ROOT.parent / "shared" / "data"
 METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2")
 COMPARED = ("simclr", "moco", "mae", "dino", "ibot")  # also trained with lightly
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightly", "datasets", "scikit-learn", "pillow")
@@ -50,7 +50,7 @@ Job = dict[str, Any]
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Quality of our methods beside lightly's, in one table.")
-    parser.add_argument("--data", default=DATA, help="folder with a train and a test split")
+    parser.add_argument("--data", default=str(DATA / "cifar10"), help="folder with a train and a test split")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")

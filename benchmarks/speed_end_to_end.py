@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from interleaved import Gate, Part, Timing, timing_rows
-from quality import ROOT
+from quality import DATA, ROOT
 from report_files import table
 
 EVERY = 25  # steps between two scores of the race
@@ -183,7 +183,7 @@ def first_at(curve: list[Any], bar: float) -> Any:
 def main() -> None:
     """Run everything and write the report, or be one side."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--race-steps", type=int, default=300)
     parser.add_argument("--rounds", type=int, default=2)

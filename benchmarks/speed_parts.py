@@ -3,13 +3,14 @@
 python benchmarks/speed_parts.py [--rounds 7]
 """
 
+import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from interleaved import Part, interleave, option_parser, speedup_gate
+from interleaved import Part, interleave, speedup_gate
 from lightly.loss import DINOLoss, NTXentLoss
 from lightly.models import utils
 from prototypes import TEACHER_TEMPERATURE, chunked
@@ -140,7 +141,9 @@ PARTS: dict[str, tuple[Callable[[], Runs], dict[str, float]]] = {
 
 def main() -> None:
     """Time all parts and write the report."""
-    options = option_parser(__doc__, rounds=7).parse_args()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     rows, gates, data = [], [], {}
     for name, (build, aims) in PARTS.items():
