@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hf_ssl.cli import embed, evaluate, export, methods, push, show, train
+from hf_ssl.cli import doctor, embed, evaluate, export, methods, push, show, train
 
 app = typer.Typer(
     help="Pre-train, check, export and use self-supervised vision encoders.",
@@ -19,6 +19,7 @@ KEYS_ALLOWED = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app.command("methods")(methods.methods)
 app.command("train", context_settings=KEYS_ALLOWED)(train.train)
+app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
 app.command("embed")(embed.embed)
 app.command("export")(export.export)

@@ -33,6 +33,7 @@ _CAPTIONS = {  # known pictures in the order of the card
     "views": "Training views",
     "reconstructions": "Hidden patches and their reconstruction",
     "patch_features": "Main directions of the patch features as colours",
+    "attention": "Attention of the class token, by head",
     "neighbors": "Nearest neighbours by the encoder's features",
 }
 _METRICS = {

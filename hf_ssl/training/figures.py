@@ -5,17 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from hf_ssl.data.decoding import decode_image
 from hf_ssl.data.readers import load_image
+from hf_ssl.data.sources import open_images
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import read_rows
 from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.pictures.attention import draw_attention
+from hf_ssl.pictures.canvas import TILE_SIDE
 from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
@@ -31,9 +35,15 @@ NUM_GALLERY = 1000
 
 
 class _Figures:
-    """A run's model, processor and images, loaded once for all pictures."""
+    """A run's model, processor and images, loaded once for all pictures.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the run.
+        images: other images than those it was trained on, see `draw_run`.
+        size: side in pixels of what `patch_features` and `attention` see.
+    """
+
+    def __init__(self, folder: Path, images: str | None = None, size: int | None = None) -> None:
         from transformers import AutoImageProcessor, AutoModelForPreTraining
 
         self.recipe = load_recipe(str(folder / RECIPE_FILE))
@@ -41,13 +51,39 @@ class _Figures:
         self.processor = AutoImageProcessor.from_pretrained(folder)
         self.model: Any = AutoModelForPreTraining.from_pretrained(folder).eval()
         self.backbone = self.model.published_branch().backbone
-        source = open_sources(self.recipe.data)[0]
+        config = self.model.config.backbone_config
+        self.vit_config = config if isinstance(config, SSLViTConfig) else None
+        if self.vit_config is not None:
+            self.model.set_attn_implementation("eager")  # which returns its weights
+        source = open_sources(self.recipe.data)[0] if images is None else open_images(images)
         self.images = [_decode(row) for row in _rows(source, NUM_IMAGES)]
+        self.size = size or self.model.config.image_size
+        if self.vit_config is not None and self.size % self.vit_config.patch_size:
+            raise RecipeError(
+                f"size {self.size} is no multiple of the patch size {self.vit_config.patch_size}"
+            )
 
-    def pixel_values(self, images: list[Any]) -> Tensor:
+    def pixel_values(self, images: list[Any], **kwargs: Any) -> Tensor:
         """Images as the encoder takes them (B, C, H, W)."""
         pictures = [Image.fromarray(image) for image in images]
-        return self.processor(images=pictures, return_tensors="pt")["pixel_values"]
+        return self.processor(images=pictures, return_tensors="pt", **kwargs)["pixel_values"]
+
+    def squares(self) -> list[Any]:
+        """The middle of every image, which patches are drawn beside, at least as large as a tile."""
+        side = max(self.size, TILE_SIDE)
+        return [np.asarray(ImageOps.fit(Image.fromarray(image), (side, side))) for image in self.images]
+
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of the squares."""
+        assert self.vit_config is not None
+        return (self.size // self.vit_config.patch_size,) * 2
+
+    def outputs_of_squares(self, **kwargs: Any) -> Any:
+        """What the ViT makes of the squares at `size`."""
+        size = {"height": self.size, "width": self.size}
+        with torch.no_grad():
+            pixels = self.pixel_values(self.squares(), size=size, do_center_crop=False)
+            return self.backbone(pixels, **kwargs)
 
     def views(self) -> Image.Image:
         """Training views with their crop boxes."""
@@ -76,13 +112,19 @@ class _Figures:
 
     def patch_features(self) -> Image.Image | None:
         """Main directions of patch tokens as colours; for ViTs."""
-        config = self.model.config.backbone_config
-        if not isinstance(config, SSLViTConfig):
+        if self.vit_config is None:
             return None
-        with torch.no_grad():
-            tokens = self.backbone(self.pixel_values(self.images)).last_hidden_state
-        grid = (config.grid_size, config.grid_size)
-        return draw_patch_pca(self.images, tokens[:, config.num_prefix_tokens :], grid)
+        tokens = self.outputs_of_squares().last_hidden_state
+        return draw_patch_pca(self.squares(), tokens[:, self.vit_config.num_prefix_tokens :], self.grid())
+
+    def attention(self) -> Image.Image | None:
+        """Where the class token looks, head by head; for ViTs that have one."""
+        if self.vit_config is None or not self.vit_config.use_class_token:
+            return None
+        weights = self.outputs_of_squares(output_attentions=True).attentions[-1]
+        return draw_attention(
+            self.squares(), weights[:, :, 0, self.vit_config.num_prefix_tokens :], self.grid()
+        )
 
     def neighbors(self) -> Image.Image:
         """Nearest images by the encoder's features; with labels where there are any."""
@@ -139,31 +181,37 @@ def _decode(row: dict[str, Any]) -> Any:
     return decode_image(load_image(row["image"]))
 
 
-def draw_run(run: str, output_dir: str | None = None) -> list[Path]:
+def draw_run(
+    run: str, output_dir: str | None = None, images: str | None = None, size: int | None = None
+) -> list[Path]:
     """Draw every picture that suits the run.
 
     Args:
         run: folder of a run.
         output_dir: where pictures go; by default `figures` in the run.
+        images: other images than those it was trained on, whatever `open_images` takes; then only pictures
+            that show single images are drawn: reconstructions, patch features and attention.
+        size: side in pixels at which patch features and attention are computed; by default that of training.
 
     Returns:
         The PNG files.
 
     Raises:
-        RecipeError: the folder is no run.
+        RecipeError: the folder is no run, or the size holds no whole patches.
+        DataError: the images cannot be found.
     """
     folder = Path(run)
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"'{run}' is no run: it has no {RECIPE_FILE}")
     target = Path(output_dir) if output_dir is not None else folder / "figures"
-    figures = _Figures(folder)
+    figures = _Figures(folder, images, size)
     drawings: dict[str, Callable[[], Image.Image | None]] = {
-        "views": figures.views,
         "reconstructions": figures.reconstructions,
         "patch_features": figures.patch_features,
-        "neighbors": figures.neighbors,
-        "curves": figures.curves,
+        "attention": figures.attention,
     }
+    if images is None:
+        drawings |= {"views": figures.views, "neighbors": figures.neighbors, "curves": figures.curves}
     target.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in drawings.items():

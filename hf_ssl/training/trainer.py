@@ -27,14 +27,17 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
 from hf_ssl.data.views import ViewMaker
+from hf_ssl.evaluation.health import effective_rank
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
+from hf_ssl.modeling.shared.teacher import relative_distance
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import check_batch
 from hf_ssl.training.continuing import build_guard, head_warmup_steps
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
+from hf_ssl.training.doctor import Case, LiveDoctor
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
 from hf_ssl.training.lora import add_lora, merged_state
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
@@ -95,6 +98,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self.clock = StepClock()
         self._optimizing = contextlib.ExitStack()
         self._parts: dict[str, list[Tensor]] = {}
+        self._features: Tensor | None = None
         check_batch(model, args)
         if args.lora_rank is not None:
             add_lora(model, args.lora_rank)
@@ -122,6 +126,9 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self.add_callback(ReadableLog())
         self.add_callback(Profile(self.clock))
         self.add_callback(StepProtocol(self))
+        self.add_callback(
+            LiveDoctor(Case(model.config, args, model.expectations(args.per_device_train_batch_size)))
+        )
         if (guard := build_guard(self)) is not None:
             self.add_callback(guard)
 
@@ -242,6 +249,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         assert outputs.loss is not None
         self._updates.append(outputs.updates or {})
         self._guard.add(outputs.loss)
+        self._features = outputs.features
         for name, value in (outputs.parts or {}).items():
             self._parts.setdefault(name, []).append(value.detach())
         return outputs.loss
@@ -391,10 +399,20 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         """
         self._guard.check_losses(self.state.global_step)
         if "loss" in logs:
-            means = {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
-            logs.update({name: round(value, 4) for name, value in means.items()})
+            figures = {name: torch.stack(values).mean().item() for name, values in self._parts.items()}
+            figures |= self._state_figures()
+            logs.update({name: float(f"{value:.5g}") for name, value in figures.items()})
             self._parts = {}
         super().log(logs, start_time)
+
+    def _state_figures(self) -> dict[str, float]:
+        """Of the last micro-batch's features and of the branches, as they are now."""
+        figures = {}
+        if self._features is not None:
+            figures["effective_rank"] = effective_rank(self._features)
+        if self.model.has_teacher and not self.args.fsdp:  # whole parameters are nowhere when sharded
+            figures["teacher_distance"] = relative_distance(self.model.teacher, self.model.student)
+        return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write the model; only checkpoints, from which a run goes on, keep LoRA adapters apart."""

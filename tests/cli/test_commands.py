@@ -28,7 +28,7 @@ def test_help_imports_neither_torch_nor_transformers():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.rstrip().endswith("[]"), result
     assert result.returncode == 0
-    for command in ("methods", "train", "evaluate", "embed", "export", "push", "show"):
+    for command in ("methods", "train", "evaluate", "embed", "export", "push", "show", "doctor"):
         assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE)
 
 
@@ -103,10 +103,43 @@ def test_export_writes_a_native_encoder(cli: Cli, tiny_run: TinyRun, tmp_path: P
     assert refused.code == 2 and (tmp_path / "full" / "thesis.txt").exists()
 
 
+def test_show_takes_other_images_and_a_larger_size(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
+    (tmp_path / "photos").mkdir()
+    for number, size in enumerate([(60, 40), (40, 90)]):
+        Image.effect_noise(size, 90).convert("RGB").save(tmp_path / "photos" / f"{number}.png")
+    arguments = ["--images", str(tmp_path / "photos"), "--output_dir", str(tmp_path / "drawn")]
+    outcome = cli("show", str(tiny_run.folder), *arguments, "--size", "32")
+    assert outcome.code == 0, outcome.err
+    names = {"reconstructions", "patch_features", "attention"}
+    assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == names
+    refused = cli("show", str(tiny_run.folder), *arguments, "--size", "33")
+    assert refused.code == 2 and "size 33 is no multiple of the patch size 4" in refused.err
+
+
+def test_doctor_of_a_healthy_run_says_so(cli: Cli, tiny_run: TinyRun):
+    outcome = cli("doctor", str(tiny_run.folder))
+    assert outcome.code == 0 and outcome.out.startswith("healthy   none of one prototype, ")
+
+
+def test_doctor_of_a_broken_run_has_an_exit_code_for_scripts(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("recipe.yaml", "config.json"):
+        (run / name).write_bytes((tiny_run.folder / name).read_bytes())
+    state = json.loads((tiny_run.folder / "trainer_state.json").read_text())
+    entry = {"loss": 1.0, "learning_rate": 1e-3, "teacher_distance": 0.0}
+    state["log_history"] = [entry | {"step": step} for step in (10, 60, 120)]
+    (run / "trainer_state.json").write_text(json.dumps(state))
+    outcome = cli("doctor", str(run))
+    assert outcome.code == 1
+    assert outcome.out.startswith("teacher = student since step 10: their weights differ by 0.0e+00")
+    assert len(outcome.out.splitlines()) == 1
+
+
 def test_show_draws_every_picture_of_mae(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
     outcome = cli("show", str(tiny_run.folder), "--output_dir", str(tmp_path))
     assert outcome.code == 0, outcome.err
-    names = {"views", "reconstructions", "patch_features", "neighbors", "curves"}
+    names = {"views", "reconstructions", "patch_features", "attention", "neighbors", "curves"}
     assert {path.stem for path in tmp_path.glob("*.png")} == names
     assert outcome.out.split() == [
         str(tmp_path / f"{path.stem}.png") for path in map(Path, outcome.out.split())
@@ -189,6 +222,7 @@ def test_wrong_input_is_one_line(cli: Cli, broken_data: Path, tmp_path: Path, ar
         ("evaluate {tmp}/nothing", "nothing"),
         ("evaluate {tmp} --dataset sample", "it has no config.json"),
         ("show {tmp}", "is no run: it has no recipe.yaml"),
+        ("doctor {tmp}", "is no run: it has no recipe.yaml"),
         ("export {tmp} {tmp}/x", ""),
         ("embed {tmp} --dataset sample --output {tmp}/x.parquet", "it has no config.json"),
     ],

@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageColor
 
 from hf_ssl.data.views import ViewMaker
+from hf_ssl.pictures.attention import draw_attention, heat, patches_with_most
 from hf_ssl.pictures.canvas import BAD, COLORS, GOOD, Tile, draw_grid, fit, wrap
 from hf_ssl.pictures.curves import draw_curves
 from hf_ssl.pictures.neighbors import draw_neighbors
@@ -155,6 +156,26 @@ def test_patch_colours_lie_on_the_grid_row_by_row():
     assert extent.tolist() == [75, 50]  # a tile of 150 pixels
     with pytest.raises(ValueError, match="3 x 3 patches"):
         draw_patch_pca([flat("white")], features, (3, 3))
+
+
+# Attention.
+
+
+def test_maps_are_bright_where_a_head_looks_and_say_how_spread_it_is():
+    attention = torch.full((1, 2, 6), 0.01)
+    attention[0, 0, 4] = 1.0  # second row, second column of three
+    sheet = np.asarray(draw_attention([flat("#123456", 30)], attention, (2, 3), title=""))
+    brightest = tuple(heat(torch.ones(1, 1))[0, 0].tolist())
+    where = np.argwhere((sheet == brightest).all(axis=2))
+    one_patch, whole = 75 * 50, 150 * 150
+    assert len(where) == 2 * one_patch + whole  # in the mean and in head 1; head 2 looks everywhere alike
+    assert patches_with_most(attention[0, 0]) == pytest.approx(1 / 6)
+    assert patches_with_most(attention[0, 1]) == pytest.approx(4 / 6)
+
+
+def test_attention_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"attention \(1, 2, 6\) does not hold 3 x 3 patches of 1 images"):
+        draw_attention([flat("white")], torch.ones(1, 2, 6), (3, 3))
 
 
 # Neighbours.

@@ -247,7 +247,7 @@ class IJEPAForPreTraining(SSLForPreTraining):
             "target_length": targets.new_tensor(float(targets.shape[1])),
         }
 
-    def expectations(self) -> dict[str, float]:
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss at the start and of a guess of zero, for targets that are normal with variance 1.
 
         Those of a fresh teacher are mostly positions, less spread: smooth-L1 starts up to an eighth higher.

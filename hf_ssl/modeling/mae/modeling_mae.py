@@ -189,7 +189,7 @@ class MAEForPreTraining(SSLForPreTraining):
             )
         return int(counts_B[0])
 
-    def expectations(self) -> dict[str, float]:
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss of a fresh decoder (Xavier start), and of predicting the mean of normalised patches."""
         pixels = self.config.encoder_config.num_channels * self.config.encoder_config.patch_size**2
         width = self.config.decoder_hidden_size

@@ -138,6 +138,6 @@ class MoCoForPreTraining(SSLForPreTraining):
                 f"{global_batch_size}; use queue_length {fitting}"
             )
 
-    def expectations(self) -> dict[str, float]:
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
         """Loss when keys cannot be told apart; a run starts below it and climbs while the queue fills."""
         return {"loss_of_chance": float(torch.log(torch.tensor(self.config.queue_length + 1.0)))}

@@ -176,8 +176,11 @@ class SelfDistillation(SSLForPreTraining):
                 "that divides the images of every micro-batch"
             )
 
-    def expectations(self) -> dict[str, float]:
-        """Numbers in nats; where a random network's images still look alike, the loss starts lower."""
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
+        """Numbers in nats; where a random network's images still look alike, the loss starts lower.
+
+        `most_information` is what targets can say at most about the teacher's views of `num_images`.
+        """
         config = self.config
         log_k, width = math.log(config.num_prototypes), config.head_bottleneck_size
         spread = 1 / (2 * width * config.student_temperature**2)
@@ -186,6 +189,8 @@ class SelfDistillation(SSLForPreTraining):
             "loss_at_start": log_k + spread,
             "loss_of_uniform": log_k,
             "target_entropy_at_start": max(log_k - sharpness, 0.0),
+            "uniform_entropy": log_k,
+            "most_information": min(log_k, math.log(NUM_GLOBAL_VIEWS * num_images)),
         }
 
 

@@ -305,9 +305,9 @@ class PatchSelfDistillation(SelfDistillation):
         """Share of the global views that have a mask."""
         raise TypeError(f"{type(self).__name__} must define masked_share_of_views")
 
-    def expectations(self) -> dict[str, float]:
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
         """As without patches, and those added: a view without a mask has no patch loss."""
-        values, config = super().expectations(), self.config
+        values, config = super().expectations(num_images), self.config
         share = config.patch_loss_weight * self.masked_share_of_views()
         log_k, spread = math.log(self.patch_center.value.numel()), self.patch_logit_spread()
         values["loss_at_start"] = config.class_loss_weight * values["loss_at_start"] + share * (

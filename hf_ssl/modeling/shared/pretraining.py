@@ -222,8 +222,12 @@ class SSLForPreTraining(SSLPreTrainedModel):
     def check_global_batch(self, global_batch_size: int) -> None:
         """Raise ValueError before step one where the method cannot work with this many images per step."""
 
-    def expectations(self) -> dict[str, float]:
-        """Numbers a healthy run shows, e.g. `loss_at_start`; the diagnostics compare with them."""
+    def expectations(self, num_images: int = 256) -> dict[str, float]:
+        """Numbers a healthy run shows, e.g. `loss_at_start`; the doctor compares with them.
+
+        Args:
+            num_images: of a micro-batch.
+        """
         return {}
 
     @property

@@ -38,6 +38,16 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
         torch._foreach_lerp_(targets, sources, 1 - momentum)
 
 
+@torch.no_grad()
+def relative_distance(teacher: nn.Module, student: nn.Module) -> float:
+    """|teacher - student| / |teacher| over all parameters of the teacher; 0 where they are the same."""
+    student_parameters = dict(student.named_parameters())
+    apart = [parameter - student_parameters[name] for name, parameter in teacher.named_parameters()]
+    lengths = [torch.stack([x.float().norm() for x in tensors]) for tensors in (apart, teacher.parameters())]
+    gap, length = (norms.norm().item() for norms in lengths)
+    return gap / length if length else 0.0
+
+
 def cosine_momentum(step: int, total_steps: int, base: float, final: float = 1.0) -> float:
     """Momentum of a 0-based step on half a cosine from `base` (step 0) to `final` (step `total_steps`)."""
     return final - (final - base) * 0.5 * (1 + math.cos(math.pi * _progress(step, total_steps)))

@@ -1,0 +1,244 @@
+"""The training doctor: says in plain words what the log of a run shows to be wrong, and what to change.
+
+A rule looks at one log entry beside what the method expects. Its alarm is raised once the rule has held at
+every entry over `PATIENCE` steps, as a single batch, or a plateau that a healthy run leaves again, is no fault.
+Live runs and finished ones are read by the same rules.
+Sources of the bounds: collapse of self-distillation, arXiv 2104.14294, section 5.3 and Fig. 7; measured on
+broken runs (tests/training/test_doctor.py).
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+PATIENCE = 100  # optimizer steps; a missing centre shows within 50
+SAME_WEIGHTS = 1e-6  # relative distance; float32 rounds at 1e-7
+FEW = 0.25  # share of the largest entropy below which the mean target is all but one prototype
+SILENT = 0.05  # share of the largest information below which targets say nothing of the image
+LEARNED = 0.01  # share of ln K below which the student has no more to learn from the targets
+FLAT = 0.95  # share of ln K above which targets are uniform
+FAR_CENTER = 0.5  # mean logit of a typical prototype, a cosine; 0.1 to 0.15 in healthy runs of 64 to 256
+
+Entry = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What an entry is compared with.
+
+    Attributes:
+        config: of the pre-training model.
+        args: of the training.
+        expectations: of the model, for the images of a micro-batch.
+    """
+
+    config: Any
+    args: Any
+    expectations: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Something that is wrong.
+
+    Attributes:
+        name: in two words.
+        since: step of the first entry that shows it.
+        step: at which it was certain.
+        text: evidence, and what to change.
+    """
+
+    name: str
+    since: int
+    step: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.name} since step {self.since}: {self.text}"
+
+
+Rule = Callable[[Entry, Case], str | None]  # evidence and advice; None: healthy, or not told by this entry
+
+
+def one_prototype(entry: Entry, case: Case) -> str | None:
+    """All images are given the same target."""
+    if not entry.keys() >= {"mean_target_entropy", "prototypes_in_use"}:
+        return None
+    most, entropy = case.expectations["most_information"], entry["mean_target_entropy"]
+    if entropy >= FEW * most:
+        return None
+    config = case.config
+    if config.center_momentum > 0.99:
+        advice = f"lower center_momentum (now {config.center_momentum:g}) to 0.9"
+    elif not config.normalize_head:
+        advice = "set normalize_head to true"
+    else:
+        advice = f"raise teacher_temperature (now {config.teacher_temperature:g})"
+    return (
+        f"the mean target has an entropy of {entropy:.2f} of up to {most:.2f} nats, "
+        f"{entry['prototypes_in_use']:.0f} prototypes are in use: all images get the same target; {advice}"
+    )
+
+
+def uniform_targets(entry: Entry, case: Case) -> str | None:
+    """The targets are alike for all images because they prefer nothing."""
+    if not entry.keys() >= {"target_entropy", "mean_target_entropy", "divergence"}:
+        return None
+    log_k, entropy = case.expectations["uniform_entropy"], entry["target_entropy"]
+    information, divergence = entry["mean_target_entropy"] - entropy, entry["divergence"]
+    is_silent = information < SILENT * case.expectations["most_information"] and entropy > log_k / 2
+    is_flat = entropy > FLAT * log_k and divergence < LEARNED * log_k
+    if not (is_silent or is_flat):
+        return None
+    if not case.config.normalize_head:
+        advice = "set normalize_head to true"
+    else:
+        advice = f"lower teacher_temperature (now {case.config.teacher_temperature:g})"
+    return (
+        f"targets have an entropy of {entropy:.2f} of {log_k:.2f} nats (ln K) and say {information:.2f} nats "
+        f"about the image; the student is {divergence:.3f} nats away from them and has nothing to learn; "
+        f"{advice}"
+    )
+
+
+def teacher_is_student(entry: Entry, case: Case) -> str | None:
+    """The teacher is no average but the student itself."""
+    if "teacher_distance" not in entry or not entry.get("learning_rate"):
+        return None
+    if entry["teacher_distance"] >= SAME_WEIGHTS:
+        return None
+    momentum = getattr(case.config, "teacher_momentum", None)
+    if momentum is not None and momentum < 0.9:
+        advice = f"raise teacher_momentum (now {momentum:g}) to 0.99"
+    else:
+        advice = f"the student does not move: raise learning_rate (now {case.args.learning_rate:g})"
+    return f"their weights differ by {entry['teacher_distance']:.1e} of their length; {advice}"
+
+
+def runaway_center(entry: Entry, case: Case) -> str | None:
+    """The teacher's mean logits grow without bound."""
+    if "center_norm" not in entry:
+        return None
+    mean_logit = entry["center_norm"] / math.sqrt(case.config.num_prototypes)
+    if mean_logit <= FAR_CENTER:
+        return None
+    if case.config.train_prototype_scale:
+        advice = "set train_prototype_scale to false"
+    elif mean_logit > 1:
+        advice = "no cosine is above 1, so the centre is no mean of logits: look at what moves it"
+    else:
+        advice = f"lower learning_rate (now {case.args.learning_rate:g})"
+    return (
+        f"the teacher's mean logit is {mean_logit:.2f} for a typical prototype, {FAR_CENTER} is far and "
+        f"hides what tells images apart; {advice}"
+    )
+
+
+RULES: dict[str, Rule] = {
+    "one prototype": one_prototype,
+    "uniform targets": uniform_targets,
+    "teacher = student": teacher_is_student,
+    "runaway centre": runaway_center,
+}
+
+
+class Doctor:
+    """Reads the entries of one run in their order.
+
+    Args:
+        case: what they are compared with.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._since: dict[str, int] = {}
+        self._raised: set[str] = set()
+
+    def read(self, entry: Entry) -> list[Alarm]:
+        """Alarms that this entry makes certain; each is raised once."""
+        if "loss" not in entry:
+            return []
+        step, alarms = int(entry["step"]), []
+        for name, rule in RULES.items():
+            text = rule(entry, self.case)
+            if text is None:
+                self._since.pop(name, None)
+                continue
+            since = self._since.setdefault(name, step)
+            if step - since >= PATIENCE and name not in self._raised:
+                self._raised.add(name)
+                alarms.append(Alarm(name, since, step, text))
+        return alarms
+
+    def read_all(self, history: Iterable[Entry]) -> list[Alarm]:
+        """Alarms of many entries."""
+        return [alarm for entry in history for alarm in self.read(entry)]
+
+
+class LiveDoctor(TrainerCallback):
+    """Reads along while a run goes on, and warns.
+
+    Args:
+        case: of the run.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self._doctor = Doctor(case)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """What a resumed run has been told is not said again."""
+        self._doctor = Doctor(self.case)
+        self._doctor.read_all(state.log_history)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """One line for every new alarm."""
+        if state.is_world_process_zero:
+            for alarm in self._doctor.read(state.log_history[-1]):
+                logger.warning("alarm     %s", alarm)
+
+
+def diagnose(run: str) -> list[Alarm]:
+    """Read a run that has ended, or goes on elsewhere.
+
+    Args:
+        run: its folder, or one of its checkpoints.
+
+    Returns:
+        Its alarms in the order of their steps; none where all is well.
+
+    Raises:
+        RecipeError: the folder is no run, or has no log yet.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForPreTraining
+
+    from hf_ssl.hub.cards import RECIPE_FILE
+    from hf_ssl.training.checkpoints import checkpoints
+    from hf_ssl.training.recipes import RecipeError, load_recipe, training_arguments
+
+    folder = Path(run)
+    if not (folder / RECIPE_FILE).is_file():
+        raise RecipeError(f"'{run}' is no run: it has no {RECIPE_FILE}")
+    states = [part / "trainer_state.json" for part in (folder, *reversed(checkpoints(folder)))]
+    state = next((file for file in states if file.is_file()), None)
+    if state is None:
+        raise RecipeError(f"'{run}' has no log yet: it has no finished checkpoint; wait for the first")
+    recipe = load_recipe(str(folder / RECIPE_FILE))
+    args = training_arguments(recipe, run)
+    config = AutoConfig.from_pretrained(state.parent)
+    with torch.device("meta"):
+        model = AutoModelForPreTraining.from_config(config)
+    case = Case(config, args, model.expectations(args.per_device_train_batch_size))
+    return Doctor(case).read_all(TrainerState.load_from_json(str(state)).log_history)

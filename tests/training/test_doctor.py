@@ -1,0 +1,176 @@
+"""The doctor: fires on runs broken on purpose, is silent on healthy ones, says what to change."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.shared.centering import PrototypeCenter
+from hf_ssl.modeling.shared.teacher import relative_distance
+from hf_ssl.training.doctor import PATIENCE, RULES, Case, Doctor, diagnose
+from hf_ssl.training.recipes import RecipeError
+from hf_ssl.training.run import Run, train
+from tests.modeling.tiny import BY_NAME
+
+LOG_K = math.log(64)
+STEPS = 130
+# A small DINO on the built-in emoji, a step in hundredths of a second.
+SHORT: dict[str, Any] = {
+    "max_steps": STEPS, "logging_steps": 10, "save_steps": STEPS, "eval_steps": STEPS,
+    "global_batch_size": 32, "per_device_train_batch_size": 32, "num_prototypes": 64, "head_hidden_size": 64,
+    "bf16": False, "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}, "probe_limit": 60,
+}  # fmt: skip
+
+
+def entry(step: int, **values: float) -> dict[str, float]:
+    """What a healthy run logs at a step, but for `values`."""
+    healthy = {
+        "loss": 3.5, "learning_rate": 1e-3, "target_entropy": 2.5, "mean_target_entropy": 3.8,
+        "divergence": 0.6, "prototypes_in_use": 30.0, "center_norm": 0.8, "teacher_distance": 0.02,
+    }  # fmt: skip
+    return {"step": step, **healthy, **values}
+
+
+def doctor(**fields: Any) -> Doctor:
+    config = METHODS["dino"].config_class(num_prototypes=64, **fields)
+
+    class Arguments:
+        learning_rate = 1e-3
+
+    expectations = {"uniform_entropy": LOG_K, "most_information": LOG_K}
+    return Doctor(Case(config, Arguments(), expectations))
+
+
+SIGNS = {
+    "one prototype": {"mean_target_entropy": 0.1, "target_entropy": 0.1, "prototypes_in_use": 1.0},
+    "uniform targets": {"mean_target_entropy": LOG_K, "target_entropy": LOG_K, "divergence": 0.0},
+    "teacher = student": {"teacher_distance": 0.0},
+    "runaway centre": {"center_norm": 7.9},
+}
+
+
+def test_every_rule_has_a_sign_in_these_tests():
+    assert SIGNS.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_that_lasts_is_an_alarm_once(name: str):
+    reader = doctor()
+    history = [entry(step, **(SIGNS[name] if step >= 50 else {})) for step in range(10, 500, 10)]
+    (alarm,) = reader.read_all(history)
+    assert (alarm.name, alarm.since, alarm.step) == (name, 50, 50 + PATIENCE)
+    assert "\n" not in str(alarm)
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_that_goes_again_is_none(name: str):
+    history = [entry(step, **(SIGNS[name] if step % 100 else {})) for step in range(10, 500, 10)]
+    assert not doctor().read_all(history)
+
+
+def test_evaluations_and_other_methods_entries_are_passed_over():
+    history: list[dict[str, float]] = [{"step": step, "eval_knn": 0.1} for step in range(0, 500, 10)]
+    history += [{"step": step, "loss": 5.0, "learning_rate": 1e-3} for step in range(0, 500, 10)]
+    assert not doctor().read_all(history)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "advice"),
+    [
+        ("one prototype", {"center_momentum": 1.0}, "lower center_momentum (now 1) to 0.9"),
+        ("one prototype", {}, "set normalize_head to true"),
+        ("one prototype", {"normalize_head": True}, "raise teacher_temperature (now 0.04)"),
+        ("uniform targets", {}, "set normalize_head to true"),
+        ("uniform targets", {"normalize_head": True}, "lower teacher_temperature (now 0.04)"),
+        ("teacher = student", {"teacher_momentum": 0.0}, "raise teacher_momentum (now 0) to 0.99"),
+        ("teacher = student", {}, "raise learning_rate (now 0.001)"),
+        ("runaway centre", {"train_prototype_scale": True}, "set train_prototype_scale to false"),
+        ("runaway centre", {}, "lower learning_rate (now 0.001)"),
+        ("cosines above 1", {}, "look at what moves it"),
+    ],
+)
+def test_advice_names_one_value(name: str, fields: dict[str, Any], advice: str):
+    sign = SIGNS.get(name, {"center_norm": 8.1})
+    (alarm,) = doctor(**fields).read_all(entry(step, **sign) for step in range(0, 200, 10))
+    assert alarm.text.endswith(advice)
+
+
+def test_a_rate_of_zero_does_not_blame_the_teacher():
+    history = [entry(step, teacher_distance=0.0, learning_rate=0.0) for step in range(0, 500, 10)]
+    assert not doctor().read_all(history)
+
+
+def test_distance_is_that_of_all_parameters():
+    model = BY_NAME["dino-vit"].build()
+    assert relative_distance(model.teacher, model.student) == 0
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter.mul_(1.25)
+    assert relative_distance(model.teacher, model.student) == pytest.approx(0.25)
+
+
+# Whole runs
+
+
+def short(folder: Path, method: str = "dino", **options: Any) -> Run:
+    return train(method, output_dir=str(folder), **{**SHORT, **options})
+
+
+def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = short(tmp_path / "run")
+    assert "alarm" not in caplog.text
+    assert diagnose(str(run.folder)) == []
+    logged = [found for found in run.trainer.state.log_history if "loss" in found]
+    assert all(found["effective_rank"] > 1 and found["teacher_distance"] > 0 for found in logged)
+
+
+BROKEN: dict[str, dict[str, Any]] = {
+    "one prototype": {"center_momentum": 1.0, "normalize_head": False, "koleo_weight": 0.0},
+    "uniform targets": {"normalize_head": False, "teacher_temperature": 0.09, "koleo_weight": 0.0},
+    "teacher = student": {"teacher_momentum": 0.0, "teacher_momentum_end": 0.0},
+    "runaway centre": {},  # sums up, see below
+}
+
+
+def test_every_rule_has_a_broken_run():
+    assert BROKEN.keys() == RULES.keys()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    if name == "runaway centre":
+        monkeypatch.setattr(PrototypeCenter, "update", lambda self, mean, momentum: self.value.add_(mean))
+    run = short(tmp_path / "run", **BROKEN[name])
+    assert name in [alarm.name for alarm in diagnose(str(run.folder))]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert [text for text in warnings if text.startswith(f"alarm     {name} since step ")]
+
+
+def test_temperatures_in_the_wrong_order_never_start(tmp_path: Path):
+    with pytest.raises(
+        RecipeError, match=r"teacher's temperature 0\.2 must be below student_temperature 0\.1"
+    ):
+        short(tmp_path / "run", teacher_temperature=0.2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_resumed_run_is_not_told_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = short(tmp_path / "run", **BROKEN["teacher = student"], max_steps=120, save_steps=120)
+    assert caplog.text.count("alarm     teacher = student") == 1
+    train(resume=str(run.folder), max_steps=140)
+    assert caplog.text.count("alarm     teacher = student") == 1
+
+
+def test_a_run_without_a_log_is_refused(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"is no run: it has no recipe\.yaml"):
+        diagnose(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"method": "dino"}))
+    with pytest.raises(RecipeError, match="has no log yet"):
+        diagnose(str(tmp_path))
