@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from hf_ssl.cli import doctor, embed, evaluate, export, methods, push, show, train
+from hf_ssl.cli import doctor, embed, evaluate, export, methods, push, segment, show, train
 
 app = typer.Typer(
     help="Pre-train, check, export and use self-supervised vision encoders.",
@@ -21,6 +21,7 @@ app.command("methods")(methods.methods)
 app.command("train", context_settings=KEYS_ALLOWED)(train.train)
 app.command("doctor")(doctor.doctor)
 app.command("evaluate")(evaluate.evaluate)
+app.command("segment")(segment.segment)
 app.command("embed")(embed.embed)
 app.command("export")(export.export)
 app.command("push")(push.push)

@@ -1,7 +1,7 @@
 """The training doctor: says in plain words what the log of a run shows to be wrong, and what to change.
 
 A rule looks at one log entry beside what the method expects. Its alarm is raised once the rule has held at
-every entry over `PATIENCE` steps, as a single batch, or a plateau that a healthy run leaves again, is no fault.
+every entry over `PATIENCE` steps, as a single batch, or a plateau that a healthy run leaves, is no fault.
 Live runs and finished ones are read by the same rules.
 Sources of the bounds: collapse of self-distillation, arXiv 2104.14294, section 5.3 and Fig. 7; measured on
 broken runs (tests/training/test_doctor.py).

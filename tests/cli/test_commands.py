@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
@@ -28,7 +30,7 @@ def test_help_imports_neither_torch_nor_transformers():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.rstrip().endswith("[]"), result
     assert result.returncode == 0
-    for command in ("methods", "train", "evaluate", "embed", "export", "push", "show", "doctor"):
+    for command in ("methods", "train", "evaluate", "embed", "export", "push", "show", "doctor", "segment"):
         assert re.search(rf"^\s+{command}\s", result.stdout, re.MULTILINE)
 
 
@@ -114,6 +116,36 @@ def test_show_takes_other_images_and_a_larger_size(cli: Cli, tiny_run: TinyRun, 
     assert {path.stem for path in (tmp_path / "drawn").glob("*.png")} == names
     refused = cli("show", str(tiny_run.folder), *arguments, "--size", "33")
     assert refused.code == 2 and "size 33 is no multiple of the patch size 4" in refused.err
+
+
+def test_segment_scores_patches_beside_their_floors(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
+    features = datasets.Features({"image": datasets.Image(), "annotation": datasets.Image()})
+    generator = np.random.default_rng(0)
+    rows = []
+    for _ in range(6):
+        classes = generator.integers(0, 2, (4, 4), np.uint8).repeat(4, 0).repeat(4, 1)
+        picture = Image.fromarray(np.stack([200 * classes + 20] * 3, axis=2))
+        rows.append({"image": picture, "annotation": Image.fromarray(classes)})
+    (tmp_path / "scenes").mkdir()
+    for split in ("train", "test"):
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        dataset.to_parquet(str(tmp_path / "scenes" / f"{split}-0.parquet"))
+    arguments = ["segment", str(tiny_run.folder), "--dataset", str(tmp_path / "scenes"), "--num_classes", "2"]
+    outcome = cli(*arguments, "--output", str(tmp_path / "scores.json"))
+    assert outcome.code == 0, outcome.err
+    assert [line.split()[0] for line in outcome.out.splitlines()[:2]] == ["features", "pixels"]
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert [score["features"] for score in scores] == ["pixels", "random init", "encoder"]
+    assert scores[0]["linear_miou"] > 0.9  # brightness is the class
+    for wrong, message in [
+        (
+            ["--annotation_column", "mask"],
+            "no column 'mask' of pictures; its columns are image, annotation",
+        ),
+        (["--splits", "train", "nowhere"], "cannot open split 'nowhere' of"),
+    ]:
+        refused = cli(*arguments, *wrong)
+        assert refused.code == 2 and message in refused.err and len(refused.err.splitlines()) == 1
 
 
 def test_doctor_of_a_healthy_run_says_so(cli: Cli, tiny_run: TinyRun):
