@@ -32,7 +32,11 @@ def train(
     from hf_ssl.training.run import train as run_training
 
     quiet_libraries()
-    keys: dict[str, Any] = dict(parse_keys(context.args))
+    arguments = list(context.args)
+    if method is not None and method.startswith("--"):
+        # Where no method is named, click takes the first free key for it.
+        arguments, method = [method, *arguments], None
+    keys: dict[str, Any] = dict(parse_keys(arguments))
     if method is not None and "method" in keys:
         raise ValueError(f"the method is given twice: {method} and --method {keys['method']}")
     method = keys.pop("method", method)

@@ -1,4 +1,4 @@
-"""Images with an annotation of their pixels, for evaluation: rows in memory order, read when they are used."""
+"""Images with an annotation of their pixels, for evaluation: rows are read when they are used."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

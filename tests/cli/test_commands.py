@@ -247,6 +247,7 @@ def test_wrong_input_is_one_line(cli: Cli, broken_data: Path, tmp_path: Path, ar
         ("train nonsense", "unknown method 'nonsense'"),
         ("train maee", "did you mean 'mae'"),
         ("train", "name a method or a recipe"),
+        ("train --recipe simclr_tiny --no_such_key 3 --max_steps 2", "no_such_key"),
         ("train --resume {tmp}", "is no run: it has no recipe.yaml"),
         ("train mae --resume {tmp}", "leave method out"),
         ("train simclr --global_batch_size 2 --per_device_train_batch_size 1", "need other images"),
