@@ -1,16 +1,18 @@
 """What single patches know after each method: segmentation of street scenes on frozen features.
 
-    python benchmarks/dense.py [--data ../shared/data] [--steps 300] [--methods dino ...]
+    python benchmarks/dense.py [--data ../shared/data] [--steps 300] [--jobs 2] [--variants dino ...]
 
 Every method trains the same small ViT on the images of tiny_imagenet20 with its small recipe, the same steps
-and batch. Linear layer and nearest patches are those of `hf_ssl.evaluation.dense`, on camvid.
+and batch; runs are kept. Linear layer and nearest patches are those of `hf_ssl.evaluation.dense`, on camvid.
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
-import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +21,25 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from datasets import Dataset, load_dataset  # noqa: E402
-from quality import DATA  # noqa: E402
+from quality import DATA, ROOT  # noqa: E402
 from report_files import RESULTS, table, write_report  # noqa: E402
 from small_vit import small_vit  # noqa: E402
 
 from hf_ssl.cli.loading import load_encoder  # noqa: E402
-from hf_ssl.evaluation.dense import DenseScore, evaluate_segmentation  # noqa: E402
+from hf_ssl.evaluation.dense import evaluate_segmentation  # noqa: E402
 from hf_ssl.evaluation.protocol import ENCODER  # noqa: E402
 from hf_ssl.training.run import train  # noqa: E402
 
-METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2", "ijepa")
+GRAM = {
+    "gram_weight": 2.0,
+    "gram_snapshot": 0.5,
+    "gram_start": 0.5,
+    "gram_warmup": 0.1,
+}  # the anchor is the teacher halfway
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2", "ijepa")},
+    "dinov2 with Gram": ("dinov2", GRAM),
+}
 NUM_CLASSES = IGNORED = 11  # the twelfth is "unlabelled"
 NUM_PATCHES = 8_000
 
@@ -39,19 +50,16 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "dense", help="kept, and used again")
+    parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
-    scenes = [split_of(options.data / "camvid", split) for split in ("train", "test")]
-    rows = []
-    for method in options.methods:
-        began = time.process_time()
-        scores = measure(method, options, scenes)
-        minutes = (time.process_time() - began) / 60
-        rows += [
-            {"method": method, **vars(score), "minutes": minutes if score.features == ENCODER else None}
-            for score in scores
-        ]
-        print(f"{time.strftime('%H:%M:%S')} {method} {scores[-1]}", flush=True)
+    spawning = multiprocessing.get_context("spawn")
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(options.jobs, spawning) as pool:
+        for found in pool.map(partial(measure, options=options), options.variants):
+            print(f"{time.strftime('%H:%M:%S')} {found[-1]}", flush=True)
+            rows += found
     header = ["method", "features", "linear mIoU", "patch kNN mIoU", "CPU minutes"]
     cells = [
         [
@@ -79,20 +87,29 @@ def split_of(folder: Path, split: str) -> Dataset:
     return load_dataset("parquet", data_files=files, split="train")
 
 
-def measure(method: str, options: argparse.Namespace, scenes: list[Dataset]) -> list[DenseScore]:
-    """Train one method and score it; the floors too, which differ with the method's ViT."""
-    with tempfile.TemporaryDirectory() as folder:
+def measure(variant: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Train one variant and score it; the floors too, which differ with the method's ViT."""
+    began = time.process_time()
+    method, changes = VARIANTS[variant]
+    scenes = [split_of(options.data / "camvid", split) for split in ("train", "test")]
+    folder = options.runs / variant.replace(" ", "_")
+    if not (folder / "scores.json").is_file():
         settings: dict[str, Any] = {
             "dataset": str(options.data / "tiny_imagenet20"), "split": "train", "max_steps": options.steps,
             "global_batch_size": options.batch, "per_device_train_batch_size": options.batch,
             "probe_limit": 200, "probe_linear": False, "eval_steps": options.steps,
             "save_steps": options.steps, "disable_tqdm": True, "report_to": "none",
         }  # fmt: skip
-        run = train(recipe=f"{method}_small", output_dir=folder, **small_vit(64), **settings)
-        encoder, processor = load_encoder(str(run.folder))
-        return evaluate_segmentation(
-            encoder, processor, *scenes, NUM_CLASSES, ignore_index=IGNORED, num_patches=NUM_PATCHES
-        )
+        train(recipe=f"{method}_small", output_dir=str(folder), **small_vit(64), **settings, **changes)
+    encoder, processor = load_encoder(str(folder))
+    scores = evaluate_segmentation(
+        encoder, processor, *scenes, NUM_CLASSES, ignore_index=IGNORED, num_patches=NUM_PATCHES
+    )
+    minutes = (time.process_time() - began) / 60
+    return [
+        {"method": variant, **vars(score), "minutes": minutes if score.features == ENCODER else None}
+        for score in scores
+    ]
 
 
 if __name__ == "__main__":
