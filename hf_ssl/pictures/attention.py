@@ -31,8 +31,8 @@ def draw_attention(
         title: above the sheet.
 
     Returns:
-        One row for each image: the image, the mean of all heads, every head; the share of the attention that
-        the few patches hold which make up 60 % of it stands below.
+        One row for each image: the image, the mean of all heads, every head; below, in how few of the
+        patches 60 % of the attention lies.
 
     Raises:
         ValueError: the numbers of images, patches and grid cells do not agree.
@@ -49,18 +49,17 @@ def draw_attention(
         for map_N in (attention_HN.mean(dim=0), *attention_HN):
             colored = Image.fromarray(heat(map_N.reshape(grid)))
             enlarged = colored.resize(picture.size, Image.Resampling.NEAREST)
-            row.append(Tile(enlarged, f"60 % in {patches_with_most(map_N):.0%} of it"))
+            row.append(Tile(enlarged, f"60 % in {patches_with_most(map_N)} of {len(map_N)}"))
         rows.append(row)
     heads = [f"head {number + 1}" for number in range(attention.shape[1])]
     return draw_grid(rows, title=title, headings=["image", "mean", *heads])
 
 
-def patches_with_most(map_N: Tensor, share: float = SHARE) -> float:
-    """The smallest share of patches that together hold `share` of the attention."""
+def patches_with_most(map_N: Tensor, share: float = SHARE) -> int:
+    """The smallest number of patches that together hold `share` of the attention."""
     sorted_N = map_N.sort(descending=True).values
     held_N = sorted_N.cumsum(dim=0) / sorted_N.sum()
-    count = int((held_N < share).sum()) + 1
-    return count / len(map_N)
+    return int((held_N < share).sum()) + 1
 
 
 def heat(map_hw: Tensor) -> np.ndarray[Any, Any]:
