@@ -20,21 +20,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from datasets import Dataset, load_dataset  # noqa: E402
 from quality import DATA, ROOT  # noqa: E402
 from report_files import RESULTS, table, write_report  # noqa: E402
 from small_vit import small_vit  # noqa: E402
 
 from hf_ssl.cli.loading import load_encoder  # noqa: E402
+from hf_ssl.data.annotated import open_annotated  # noqa: E402
 from hf_ssl.evaluation.dense import evaluate_segmentation  # noqa: E402
 from hf_ssl.training.run import train  # noqa: E402
 
-GRAM = {
-    "gram_weight": 2.0,
-    "gram_snapshot": 0.5,
-    "gram_start": 0.5,
-    "gram_warmup": 0.1,
-}  # the anchor is the teacher halfway
+# The anchor is the teacher halfway.
+GRAM = {"gram_weight": 2.0, "gram_snapshot": 0.5, "gram_start": 0.5, "gram_warmup": 0.1}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2")},
     "dinov2 with Gram": ("dinov2", GRAM),
@@ -80,17 +76,11 @@ def main() -> None:
     print(write_report("Dense features", "dense.py", body, {"rows": rows}, RESULTS / "dense.md"))
 
 
-def split_of(folder: Path, split: str) -> Dataset:
-    """One split of a folder of parquet files."""
-    files = [str(path) for path in sorted(folder.glob(f"{split}-*.parquet"))]
-    return load_dataset("parquet", data_files=files, split="train")
-
-
 def measure(variant: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Train one variant and score it; the floors too, which differ with the method's ViT."""
     method, changes = VARIANTS[variant]
-    scenes = [split_of(options.data / "camvid", split) for split in ("train", "test")]
-    folder = options.runs / variant.replace(" ", "_")
+    scenes = [open_annotated(str(options.data / "camvid"), split) for split in ("train", "test")]
+    folder = options.runs / f"{variant.replace(' ', '_')}_{options.steps}x{options.batch}"
     if not (folder / "scores.json").is_file():
         settings: dict[str, Any] = {
             "dataset": str(options.data / "tiny_imagenet20"), "split": "train", "max_steps": options.steps,

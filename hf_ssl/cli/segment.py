@@ -15,10 +15,10 @@ def segment(
     ignore_index: Annotated[
         int | None, typer.Option("--ignore_index", help="Class of pixels that do not count.")
     ] = None,
-    splits: Annotated[tuple[str, str], typer.Option(help="Splits to learn from and to score.")] = (
-        "train",
-        "test",
-    ),
+    splits: Annotated[
+        list[str] | None,
+        typer.Option(help="Splits to learn from and to score: give it twice; train and test."),
+    ] = None,
     config_name: Annotated[
         str | None, typer.Option("--config_name", help="Configuration of a Hub dataset.")
     ] = None,
@@ -40,9 +40,12 @@ def segment(
     from hf_ssl.training.pulling import pulled
 
     quiet_libraries()
+    names = splits or ["train", "test"]
+    if len(names) != 2:
+        raise ValueError(f"got {len(names)} splits; give --splits twice, to learn from and to score")
     encoder, processor = pulled(model, lambda: load_encoder(model))
     columns = {"image_column": image_column, "annotation_column": annotation_column}
-    train, test = (open_annotated(dataset, split, config_name=config_name, **columns) for split in splits)
+    train, test = (open_annotated(dataset, split, config_name=config_name, **columns) for split in names)
     scores = evaluate_segmentation(
         encoder,
         processor,

@@ -64,13 +64,21 @@ class Alarm:
         return f"{self.name} since step {self.since}: {self.text}"
 
 
-Rule = Callable[[Entry, Case], str | None]  # evidence and advice; None: healthy, or not told by this entry
+@dataclass(frozen=True)
+class Rule:
+    """A sign of something wrong.
+
+    Attributes:
+        check: evidence and advice where an entry shows the sign, else None.
+        needs: what an entry must have; methods log different things.
+    """
+
+    check: Callable[[Entry, Case], str | None]
+    needs: frozenset[str]
 
 
 def one_prototype(entry: Entry, case: Case) -> str | None:
     """All images are given the same target."""
-    if not entry.keys() >= {"mean_target_entropy", "prototypes_in_use"}:
-        return None
     most, entropy = case.expectations["most_information"], entry["mean_target_entropy"]
     if entropy >= FEW * most:
         return None
@@ -89,8 +97,6 @@ def one_prototype(entry: Entry, case: Case) -> str | None:
 
 def uniform_targets(entry: Entry, case: Case) -> str | None:
     """The targets are alike for all images because they prefer nothing."""
-    if not entry.keys() >= {"target_entropy", "mean_target_entropy", "divergence"}:
-        return None
     log_k, entropy = case.expectations["uniform_entropy"], entry["target_entropy"]
     information, divergence = entry["mean_target_entropy"] - entropy, entry["divergence"]
     is_silent = information < SILENT * case.expectations["most_information"] and entropy > log_k / 2
@@ -110,9 +116,7 @@ def uniform_targets(entry: Entry, case: Case) -> str | None:
 
 def teacher_is_student(entry: Entry, case: Case) -> str | None:
     """The teacher is no average but the student itself."""
-    if "teacher_distance" not in entry or not entry.get("learning_rate"):
-        return None
-    if entry["teacher_distance"] >= SAME_WEIGHTS:
+    if entry["teacher_distance"] >= SAME_WEIGHTS or not entry["learning_rate"]:
         return None
     momentum = getattr(case.config, "teacher_momentum", None)
     if momentum is not None and momentum < 0.9:
@@ -124,8 +128,6 @@ def teacher_is_student(entry: Entry, case: Case) -> str | None:
 
 def runaway_center(entry: Entry, case: Case) -> str | None:
     """The teacher's mean logits grow without bound."""
-    if "center_norm" not in entry:
-        return None
     mean_logit = entry["center_norm"] / math.sqrt(case.config.num_prototypes)
     if mean_logit <= FAR_CENTER:
         return None
@@ -141,11 +143,13 @@ def runaway_center(entry: Entry, case: Case) -> str | None:
     )
 
 
-RULES: dict[str, Rule] = {
-    "one prototype": one_prototype,
-    "uniform targets": uniform_targets,
-    "teacher = student": teacher_is_student,
-    "runaway centre": runaway_center,
+RULES = {
+    "one prototype": Rule(one_prototype, frozenset({"mean_target_entropy", "prototypes_in_use"})),
+    "uniform targets": Rule(
+        uniform_targets, frozenset({"target_entropy", "mean_target_entropy", "divergence"})
+    ),
+    "teacher = student": Rule(teacher_is_student, frozenset({"teacher_distance", "learning_rate"})),
+    "runaway centre": Rule(runaway_center, frozenset({"center_norm"})),
 }
 
 
@@ -158,7 +162,9 @@ class Doctor:
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self._first: dict[str, int] = {}  # step at which a rule was first looked at
         self._since: dict[str, int] = {}
+        self.judged: set[str] = set()  # rules that could have raised their alarm by now
         self._raised: set[str] = set()
 
     def read(self, entry: Entry) -> list[Alarm]:
@@ -167,7 +173,11 @@ class Doctor:
             return []
         step, alarms = int(entry["step"]), []
         for name, rule in RULES.items():
-            text = rule(entry, self.case)
+            if not entry.keys() >= rule.needs:
+                continue
+            if step - self._first.setdefault(name, step) >= PATIENCE:
+                self.judged.add(name)
+            text = rule.check(entry, self.case)
             if text is None:
                 self._since.pop(name, None)
                 continue
@@ -209,14 +219,24 @@ class LiveDoctor(TrainerCallback):
                 logger.warning("alarm     %s", alarm)
 
 
-def diagnose(run: str) -> list[Alarm]:
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a log tells.
+
+    Attributes:
+        alarms: in the order of their steps.
+        judged: names of the rules that the log was long enough for and has the figures of.
+    """
+
+    alarms: list[Alarm]
+    judged: list[str]
+
+
+def diagnose(run: str) -> Diagnosis:
     """Read a run that has ended, or goes on elsewhere.
 
     Args:
-        run: its folder, or one of its checkpoints.
-
-    Returns:
-        Its alarms in the order of their steps; none where all is well.
+        run: its folder.
 
     Raises:
         RecipeError: the folder is no run, or has no log yet.
@@ -225,20 +245,24 @@ def diagnose(run: str) -> list[Alarm]:
     from transformers import AutoConfig, AutoModelForPreTraining
 
     from hf_ssl.hub.cards import RECIPE_FILE
-    from hf_ssl.training.checkpoints import checkpoints
+    from hf_ssl.training.checkpoints import STATE_FILE, checkpoints
     from hf_ssl.training.recipes import RecipeError, load_recipe, training_arguments
 
     folder = Path(run)
     if not (folder / RECIPE_FILE).is_file():
         raise RecipeError(f"'{run}' is no run: it has no {RECIPE_FILE}")
-    states = [part / "trainer_state.json" for part in (folder, *reversed(checkpoints(folder)))]
-    state = next((file for file in states if file.is_file()), None)
-    if state is None:
+    files = [part / STATE_FILE for part in (folder, *checkpoints(folder))]
+    states = {file: TrainerState.load_from_json(str(file)) for file in files if file.is_file()}
+    # A finished run that is gone on with has a newer log in its checkpoints.
+    newest = max(states, key=lambda file: states[file].global_step, default=None)
+    if newest is None:
         raise RecipeError(f"'{run}' has no log yet: it has no finished checkpoint; wait for the first")
     recipe = load_recipe(str(folder / RECIPE_FILE))
     args = training_arguments(recipe, run)
-    config = AutoConfig.from_pretrained(state.parent)
+    config = AutoConfig.from_pretrained(newest.parent)
     with torch.device("meta"):
         model = AutoModelForPreTraining.from_config(config)
     case = Case(config, args, model.expectations(args.per_device_train_batch_size))
-    return Doctor(case).read_all(TrainerState.load_from_json(str(state)).log_history)
+    doctor = Doctor(case)
+    alarms = doctor.read_all(states[newest].log_history)
+    return Diagnosis(alarms, [name for name in RULES if name in doctor.judged])

@@ -19,7 +19,6 @@ from hf_ssl.evaluation.images import read_rows
 from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.pictures.attention import draw_attention
-from hf_ssl.pictures.canvas import TILE_SIDE
 from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
@@ -57,8 +56,16 @@ class _Figures:
             self.model.set_attn_implementation("eager")  # which returns its weights
         source = open_sources(self.recipe.data)[0] if images is None else open_images(images)
         self.images = [_decode(row) for row in _rows(source, NUM_IMAGES)]
-        self.size = size or self.model.config.image_size
-        if self.vit_config is not None and self.size % self.vit_config.patch_size:
+        self.size = int(self.model.config.image_size) if size is None else size
+        self._check(images, size)
+
+    def _check(self, images: str | None, size: int | None) -> None:
+        if self.vit_config is None:
+            if images is not None or size is not None:
+                raise RecipeError(
+                    "images and size are for pictures of patches, which a CNN has none of; leave both out"
+                )
+        elif self.size < 1 or self.size % self.vit_config.patch_size:
             raise RecipeError(
                 f"size {self.size} is no multiple of the patch size {self.vit_config.patch_size}"
             )
@@ -69,9 +76,9 @@ class _Figures:
         return self.processor(images=pictures, return_tensors="pt", **kwargs)["pixel_values"]
 
     def squares(self) -> list[Any]:
-        """The middle of every image, which patches are drawn beside, at least as large as a tile."""
-        side = max(self.size, TILE_SIDE)
-        return [np.asarray(ImageOps.fit(Image.fromarray(image), (side, side))) for image in self.images]
+        """The middle of every image at `size`: what the encoder sees, and what patches are drawn beside."""
+        size = (self.size, self.size)
+        return [np.asarray(ImageOps.fit(Image.fromarray(image), size)) for image in self.images]
 
     def grid(self) -> tuple[int, int]:
         """Rows and columns of patches of the squares."""
@@ -79,10 +86,9 @@ class _Figures:
         return (self.size // self.vit_config.patch_size,) * 2
 
     def outputs_of_squares(self, **kwargs: Any) -> Any:
-        """What the ViT makes of the squares at `size`."""
-        size = {"height": self.size, "width": self.size}
+        """What the ViT makes of the squares."""
         with torch.no_grad():
-            pixels = self.pixel_values(self.squares(), size=size, do_center_crop=False)
+            pixels = self.pixel_values(self.squares(), do_resize=False, do_center_crop=False)
             return self.backbone(pixels, **kwargs)
 
     def views(self) -> Image.Image:
@@ -197,7 +203,8 @@ def draw_run(
         The PNG files.
 
     Raises:
-        RecipeError: the folder is no run, or the size holds no whole patches.
+        RecipeError: the folder is no run, the size holds no whole patches, or images or size are given for a
+            CNN.
         DataError: the images cannot be found.
     """
     folder = Path(run)

@@ -54,6 +54,8 @@ __all__ = ["SSLTrainer", "TrainingDiverged"]
 
 logger = logging.getLogger(__name__)
 
+IMAGES_OF_RANK = 256  # a decomposition of more features would take as long as a step
+
 
 class SSLTrainer(ResumingTrainer, PublishingTrainer):
     """Trainer for self-supervised models.
@@ -409,7 +411,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         """Of the last micro-batch's features and of the branches, as they are now."""
         figures = {}
         if self._features is not None:
-            figures["effective_rank"] = effective_rank(self._features)
+            figures["effective_rank"] = effective_rank(self._features[:IMAGES_OF_RANK])
         if self.model.has_teacher and not self.args.fsdp:  # whole parameters are nowhere when sharded
             figures["teacher_distance"] = relative_distance(self.model.teacher, self.model.student)
         return figures

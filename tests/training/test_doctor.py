@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForPreTraining
 
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.centering import PrototypeCenter
 from hf_ssl.modeling.shared.teacher import relative_distance
-from hf_ssl.training.doctor import PATIENCE, RULES, Case, Doctor, diagnose
+from hf_ssl.training.doctor import PATIENCE, RULES, Case, Diagnosis, Doctor, diagnose
 from hf_ssl.training.recipes import RecipeError
 from hf_ssl.training.run import Run, train
 from tests.modeling.tiny import BY_NAME
@@ -76,7 +77,24 @@ def test_a_sign_that_goes_again_is_none(name: str):
 def test_evaluations_and_other_methods_entries_are_passed_over():
     history: list[dict[str, float]] = [{"step": step, "eval_knn": 0.1} for step in range(0, 500, 10)]
     history += [{"step": step, "loss": 5.0, "learning_rate": 1e-3} for step in range(0, 500, 10)]
-    assert not doctor().read_all(history)
+    reader = doctor()
+    assert not reader.read_all(history) and not reader.judged
+
+
+def test_a_rule_has_judged_only_after_its_patience():
+    reader = doctor()
+    reader.read_all(entry(step) for step in range(10, 10 + PATIENCE, 10))
+    assert not reader.judged
+    reader.read(entry(10 + PATIENCE))
+    assert reader.judged == RULES.keys()
+
+
+@pytest.mark.parametrize("row", BY_NAME.values(), ids=BY_NAME)
+def test_expectations_need_no_weights(row):
+    config = row.build().config
+    with torch.device("meta"):
+        model = AutoModelForPreTraining.from_config(config)
+    assert model.expectations(4) == row.build().expectations(4)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +142,7 @@ def short(folder: Path, method: str = "dino", **options: Any) -> Run:
 def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = short(tmp_path / "run")
     assert "alarm" not in caplog.text
-    assert diagnose(str(run.folder)) == []
+    assert diagnose(str(run.folder)) == Diagnosis([], list(RULES))
     logged = [found for found in run.trainer.state.log_history if "loss" in found]
     assert all(found["effective_rank"] > 1 and found["teacher_distance"] > 0 for found in logged)
 
@@ -148,7 +166,7 @@ def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
     if name == "runaway centre":
         monkeypatch.setattr(PrototypeCenter, "update", lambda self, mean, momentum: self.value.add_(mean))
     run = short(tmp_path / "run", **BROKEN[name])
-    assert name in [alarm.name for alarm in diagnose(str(run.folder))]
+    assert name in [alarm.name for alarm in diagnose(str(run.folder)).alarms]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text for text in warnings if text.startswith(f"alarm     {name} since step ")]
 

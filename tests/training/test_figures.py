@@ -26,6 +26,9 @@ def test_a_contrastive_cnn_without_labels_has_no_reconstructions(image_folder: P
     )
     paths = draw_run(str(run.folder))
     assert {path.name for path in paths} == {"views.png", "neighbors.png", "curves.png"}
+    for other in ({"images": str(image_folder)}, {"size": 32}):
+        with pytest.raises(RecipeError, match="which a CNN has none of"):
+            draw_run(str(run.folder), **other)
     assert all(path.parent == run.folder / "figures" and path.stat().st_size > 1000 for path in paths)
 
 

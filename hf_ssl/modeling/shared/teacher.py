@@ -42,9 +42,11 @@ def update_teacher(teacher: nn.Module, student: nn.Module, momentum: float) -> N
 def relative_distance(teacher: nn.Module, student: nn.Module) -> float:
     """|teacher - student| / |teacher| over all parameters of the teacher; 0 where they are the same."""
     student_parameters = dict(student.named_parameters())
-    apart = [parameter - student_parameters[name] for name, parameter in teacher.named_parameters()]
-    lengths = [torch.stack([x.float().norm() for x in tensors]) for tensors in (apart, teacher.parameters())]
-    gap, length = (norms.norm().item() for norms in lengths)
+    norms = [  # tensor by tensor, so that no copy of all weights exists
+        torch.stack([(value - student_parameters[name]).float().norm(), value.float().norm()])
+        for name, value in teacher.named_parameters()
+    ]
+    gap, length = torch.stack(norms).norm(dim=0).tolist()
     return gap / length if length else 0.0
 
 
