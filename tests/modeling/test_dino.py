@@ -88,6 +88,31 @@ def test_head_runs_once_on_all_views():
     assert int(norm.num_batches_tracked) == 1
 
 
+def test_separate_batch_norm_treats_every_view_as_a_batch_of_its_own():
+    """Loss and running statistics are those of passes view by view; joined views give others."""
+    plain = {"koleo_weight": 0.0, "train_prototype_scale": False}
+    model = moved(CNN.build(separate_batch_norm=True, **plain).double())
+    pixels = CNN.images(4, dtype=torch.float64)
+    local = local_views(model, pixels)["local_pixel_values"]
+    views = [*pixels.unbind(1), *local.unbind(1)]
+    outputs = model(pixels, local)
+    norm = next(module for module in model.student.modules() if hasattr(module, "running_mean"))
+    assert int(norm.num_batches_tracked) == len(views)
+    targets = [
+        ((logits(model, "teacher", view) - model.center.value) / 0.04).softmax(-1) for view in views[:2]
+    ]
+    scores = [(logits(model, "student", view) / 0.1).log_softmax(-1) for view in views]
+    terms = [
+        -(target * score).sum(-1).mean()
+        for own, target in enumerate(targets)
+        for place, score in enumerate(scores)
+        if place != own
+    ]
+    near(outputs.loss, torch.stack(terms).mean())
+    joined = moved(CNN.build(**plain).double())(pixels, local)
+    assert abs(float(joined.loss - outputs.loss)) > 1e-4
+
+
 def test_koleo_spreads_each_global_view_of_the_backbone_on_its_own():
     """Mistake 28: of features before the head, never across views, where the other view is the neighbour."""
     pixels = VIT.images(4, dtype=torch.float64)

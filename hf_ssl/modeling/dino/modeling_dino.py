@@ -8,13 +8,16 @@ Shape suffixes: B = images in this process, V = views, G = 2 global views, D = b
 width, K = prototypes.
 """
 
-from torch import Tensor
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.centering import PrototypeCenter
-from hf_ssl.modeling.shared.distillation import NUM_GLOBAL_VIEWS, SelfDistillation
+from hf_ssl.modeling.shared.distillation import NUM_GLOBAL_VIEWS, SelfDistillation, StepTargets
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.pretraining import SSLModel, std_of_normalized
-from hf_ssl.modeling.shared.prototypes import mean_of_other_views, view_cross_entropies
+from hf_ssl.modeling.shared.pretraining import SSLModel, split_views, std_of_normalized
+from hf_ssl.modeling.shared.prototypes import PrototypeTargets, mean_of_other_views, view_cross_entropies
 
 from .configuration_dino import DINOConfig
 
@@ -30,6 +33,7 @@ class DINOForPreTraining(SelfDistillation):
     """Student, teacher, centre and the multi-crop loss."""
 
     config_class = DINOConfig
+    config: DINOConfig
 
     def __init__(self, config: DINOConfig) -> None:
         super().__init__(config)
@@ -37,6 +41,37 @@ class DINOForPreTraining(SelfDistillation):
         self.teacher = self.build_branch(config)
         self.center = PrototypeCenter(config.num_prototypes)
         self.finish_construction()
+
+    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """Let the teacher see all micro-batches of the step."""
+        vectors = [self.class_vectors(batch["pixel_values"]) for batch in batches]
+        self.keep_class_targets(torch.cat(vectors), len(vectors[0]))
+
+    @torch.no_grad()
+    def class_vectors(self, pixel_values: Tensor) -> Tensor:
+        """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
+        features_RD = self._features(self.target_branch.backbone, pixel_values)
+        vectors = self._view_by_view(self.target_branch.head, features_RD, NUM_GLOBAL_VIEWS)
+        return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
+
+    def _features(self, backbone: nn.Module, views_BVCHW: Tensor) -> Tensor:
+        """Pooled features (V * B, D) of views of one size, blocked by view."""
+        num_views = views_BVCHW.shape[1]
+        crops = views_BVCHW.transpose(0, 1).flatten(0, 1)
+        return self._view_by_view(lambda part: backbone(part).pooler_output, crops, num_views)
+
+    def _view_by_view(self, network: Callable[[Tensor], Tensor], rows: Tensor, num_views: int) -> Tensor:
+        """Results for rows that are blocked by view: of all at once, unless BatchNorm tells views apart."""
+        parts = rows.chunk(num_views) if self.config.separate_batch_norm else (rows,)
+        return torch.cat([network(part) for part in parts])
+
+    def _targets(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
+        """Targets of a micro-batch, view after view: the prepared ones, or of this batch alone."""
+        prepared = self._class_targets
+        if prepared is None or row_index is None:
+            prepared = StepTargets(self.targets_of(self.class_vectors(pixel_values)), len(pixel_values))
+            row_index = prepared.first_rows(pixel_values)
+        return prepared.of_rows(row_index, self.target_branch.head.prototypes.weights())  # type: ignore[union-attr, operator]
 
     def forward(  # type: ignore[override]  # as for all methods with small crops, before the rows
         self,
@@ -57,9 +92,13 @@ class DINOForPreTraining(SelfDistillation):
             ln K for a student that cannot tell prototypes apart.
         """
         num_images = len(pixel_values)
-        targets = self.targets_of_rows(pixel_values, row_index)
-        features_RD, _ = self.student_features(pixel_values, local_pixel_values)
-        vectors_Rd = self.student.head(features_RD)  # once for all views: BatchNorm sees them together
+        split_views(pixel_values, NUM_GLOBAL_VIEWS)
+        targets = self._targets(pixel_values, row_index)
+        # Crops of one size make one pass; another size is another pass.
+        sizes = [views for views in (pixel_values, local_pixel_values) if views is not None]
+        features_RD = torch.cat([self._features(self.student.backbone, views) for views in sizes])
+        num_views = sum(views.shape[1] for views in sizes)
+        vectors_Rd = self._view_by_view(self.student.head, features_RD, num_views)
         cross_entropies_VG = view_cross_entropies(
             vectors_Rd.unflatten(0, (-1, num_images)),
             self.student.head.prototypes.weights(),  # type: ignore[union-attr, operator]

@@ -19,7 +19,7 @@ from hf_ssl.modeling.shared.configuration import SSLDistillationConfig
 from hf_ssl.modeling.shared.distributed import convert_batchnorm, world_size
 from hf_ssl.modeling.shared.heads import PrototypeHead, Prototypes
 from hf_ssl.modeling.shared.losses import koleo_loss
-from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, Branch, SSLForPreTraining, join_views
+from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, Branch, SSLForPreTraining
 from hf_ssl.modeling.shared.prototypes import PrototypeTargets, PrototypeWeights
 from hf_ssl.modeling.shared.teacher import cosine_momentum, linear_warmup, num_steps, update_teacher
 
@@ -103,35 +103,16 @@ class SelfDistillation(SSLForPreTraining):
             if isinstance(module, Prototypes):
                 yield from module.parameters()
 
-    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
-        """Let the teacher see all micro-batches of the step."""
-        vectors = [self.class_vectors(batch["pixel_values"]) for batch in batches]
-        self.keep_class_targets(torch.cat(vectors), len(vectors[0]))
-
     def keep_class_targets(self, vectors_PGd: Tensor, micro_batch_size: int) -> None:
         """Targets of the step, and the mean logits that the centre will move by."""
         targets = self.targets_of(vectors_PGd)
         self._class_targets = StepTargets(targets, micro_batch_size)
         self._class_mean = mean_logits(targets.bottleneck.sum(dim=0), len(targets), targets.weights)
 
-    @torch.no_grad()
-    def class_vectors(self, pixel_values: Tensor) -> Tensor:
-        """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
-        _, vectors = self.target_branch(join_views(pixel_values, NUM_GLOBAL_VIEWS))
-        return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
-
     def targets_of(self, vectors_PGd: Tensor) -> PrototypeTargets:
         """Targets of teacher vectors, in the order (P, G)."""
         weights = self.target_branch.head.prototypes.weights()  # type: ignore[union-attr, operator]
         return centered_targets(vectors_PGd.flatten(0, 1), weights, self.center, self._teacher_temperature)
-
-    def targets_of_rows(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
-        """Targets of a micro-batch, view after view: the prepared ones, or of this batch alone."""
-        prepared = self._class_targets
-        if prepared is None or row_index is None:
-            prepared = StepTargets(self.targets_of(self.class_vectors(pixel_values)), len(pixel_values))
-            row_index = prepared.first_rows(pixel_values)
-        return prepared.of_rows(row_index, self.target_branch.head.prototypes.weights())  # type: ignore[union-attr, operator]
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """Move the centre by the teacher that made the targets, then the teacher."""
@@ -141,24 +122,6 @@ class SelfDistillation(SSLForPreTraining):
         update_teacher(self.teacher, self.student, self._teacher_momentum)
 
     # Parts of the loss
-
-    def student_features(
-        self, pixel_values: Tensor, local_pixel_values: Tensor | None, **kwargs: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Pooled features (V * B, D) of all views, blocked by view, and the tokens of the global ones.
-
-        Args:
-            pixel_values: (B, G, C, H, W).
-            local_pixel_values: (B, L, C, h, w), or None.
-            **kwargs: passed on to the backbone's pass over the global views.
-        """
-        outputs = self.student.backbone(join_views(pixel_values, NUM_GLOBAL_VIEWS), **kwargs)
-        features = [outputs.pooler_output]
-        if local_pixel_values is not None:
-            # Crops of one size make one pass; another size is another pass.
-            local = self.student.backbone(local_pixel_values.transpose(0, 1).flatten(0, 1))
-            features.append(local.pooler_output)
-        return torch.cat(features), outputs.last_hidden_state
 
     def koleo(self, features_RD: Tensor, num_images: int) -> Tensor:
         """Sum over the global views of their spread; 0 where it has no weight."""

@@ -228,6 +228,25 @@ class PatchSelfDistillation(SelfDistillation):
 
     # The loss
 
+    def student_features(
+        self, pixel_values: Tensor, local_pixel_values: Tensor | None, bool_masked_pos: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Pooled features (V * B, D) of all views, blocked by view, and the tokens of the global ones.
+
+        Args:
+            pixel_values: (B, G, C, H, W).
+            local_pixel_values: (B, L, C, h, w), or None.
+            bool_masked_pos: (G * B, N) bool, patches hidden in the global views.
+        """
+        crops = join_views(pixel_values, NUM_GLOBAL_VIEWS)
+        outputs = self.student.backbone(crops, bool_masked_pos=bool_masked_pos)
+        features = [outputs.pooler_output]
+        if local_pixel_values is not None:
+            # Crops of one size make one pass; another size is another pass.
+            local = self.student.backbone(local_pixel_values.transpose(0, 1).flatten(0, 1))
+            features.append(local.pooler_output)
+        return torch.cat(features), outputs.last_hidden_state
+
     def distill(
         self,
         pixel_values: Tensor,
