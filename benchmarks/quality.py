@@ -1,11 +1,12 @@
 """Quality beside lightly: one command, one table.
 
-    python benchmarks/quality.py [--data FOLDER] [--jobs 2]
+    python benchmarks/quality.py [--data FOLDER] [--jobs 2] [--device cuda]
 
-Every method is trained by us and, but for MoCo v3, by lightly, with the same images, backbone, steps, batch,
-optimizer, schedule and precision, and scored by the same evaluation. Each (implementation, method, seed) is a
-process of one thread; its result is kept in the work folder, so that an interrupted benchmark goes on where
-it stopped. A result is used again only if recipe, data folder, code and package versions are unchanged.
+Every method is trained by us and, but for MoCo v3 and DINOv2, by lightly, with the same images, backbone,
+steps, batch, optimizer, schedule and precision, and scored by the same evaluation. Each (implementation,
+method, seed) is a process of one thread, or of two on a GPU that all share; its result is kept in the work
+folder, so that an interrupted benchmark goes on where it stopped. A result is used again only if recipe, data
+folder, code and package versions are unchanged.
 """
 
 import argparse
@@ -27,6 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "hf_ssl" / "training" / "recipes"
 DATA = ROOT.parent / "shared" / "data"
 METHODS = ("simclr", "moco", "mocov3", "mae", "dino", "ibot", "dinov2")
+ABLATIONS: dict[str, tuple[str, dict[str, Any]]] = {  # method, and what is set beside its small recipe
+    "dinov2_without_patches": ("dinov2", {"patch_loss_weight": 0.0}),
+}
 COMPARED = ("simclr", "moco", "mae", "dino", "ibot")  # also trained with lightly
 PACKAGES = ("torch", "torchvision", "transformers", "timm", "lightly", "datasets", "scikit-learn", "pillow")
 EVALUATION = ["hf_ssl/evaluation", "hf_ssl/data", "hf_ssl/modeling", "benchmarks/quality_jobs.py"]
@@ -51,9 +55,10 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Quality of our methods beside lightly's, in one table.")
     parser.add_argument("--data", default=str(DATA / "cifar10"), help="folder with a train and a test split")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=(*METHODS, *ABLATIONS), default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: both take our views")
     parser.add_argument(
         "--bf16", choices=("auto", "yes", "no"), default="auto", help="auto: where it is faster"
     )
@@ -66,12 +71,19 @@ def parse_arguments() -> argparse.Namespace:
 def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     """All jobs, both implementations side by side, so that a change in the machine's load meets both."""
     data = str(Path(arguments.data).resolve())
-    shared = {"data": data, "steps_scale": arguments.steps_scale, "bf16": choose_bf16(arguments)}
+    shared = {
+        "data": data,
+        "steps_scale": arguments.steps_scale,
+        "bf16": choose_bf16(arguments),
+        "device": arguments.device,
+    }
     untrained = {"data": data, "steps_scale": 1.0, "bf16": False}
     jobs: list[Job] = [{"implementation": "pixels", "method": "", "seed": 0, **untrained}]
     for seed in arguments.seeds:
         for method in arguments.methods:
-            jobs.append({"implementation": "ours", "method": method, "seed": seed, **shared})
+            _, changes = ABLATIONS.get(method, (method, {}))
+            own = {"implementation": "ours", "method": method, "seed": seed, **shared}
+            jobs.append(own | {"changes": changes})
             if method in COMPARED:
                 jobs.append({"implementation": "lightly", "method": method, "seed": seed, **shared})
     return jobs
@@ -85,7 +97,9 @@ def choose_bf16(arguments: argparse.Namespace) -> bool:
     if not kept.is_file():
         code = "from hf_ssl.modeling.shared.precision import has_fast_bf16; print(int(has_fast_bf16()))"
         command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=job_environment(), stdout=subprocess.PIPE, text=True, check=True)
+        done = subprocess.run(
+            command, env=job_environment(arguments.device), stdout=subprocess.PIPE, text=True, check=True
+        )
         kept.write_text(json.dumps(done.stdout.strip() == "1"), encoding="utf-8")
     return bool(json.loads(kept.read_text(encoding="utf-8")))
 
@@ -94,7 +108,8 @@ def result_file(job: Job, work: Path) -> Path:
     """Where a job's result is kept; the name changes with everything that the result depends on."""
     digest = hashlib.sha256(json.dumps([job, package_versions()], sort_keys=True).encode())
     if job["method"]:
-        digest.update((RECIPES / f"{job['method']}_small.yaml").read_bytes())
+        method, _ = ABLATIONS.get(job["method"], (job["method"], {}))
+        digest.update((RECIPES / f"{method}_small.yaml").read_bytes())
     for name in CODE[job["implementation"]]:
         path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
@@ -149,7 +164,11 @@ class Runner:
         job_file.write_text(json.dumps(job), encoding="utf-8")
         command = [sys.executable, str(ROOT / "benchmarks" / "quality_jobs.py"), str(job_file), str(result)]
         done = subprocess.run(
-            command, env=job_environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True
+            command,
+            env=job_environment(job.get("device", "cpu")),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
         )
         job_file.unlink()
         if done.returncode:
@@ -158,25 +177,33 @@ class Runner:
                 self.failures.append(f"{' '.join(command)}\n{lines}")
 
 
-def job_environment() -> dict[str, str]:
-    """One thread, no GPU, no network, and the code of this checkout whether installed or not."""
+def job_environment(device: str) -> dict[str, str]:
+    """One thread, no network, no GPU unless asked for, and the code of this checkout, installed or not."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PYTHONWARNINGS": "ignore",
-    }
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
+    return (
+        os.environ
+        | hidden
+        | {
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+            "PYTHONWARNINGS": "ignore",
+        }
+    )
 
 
-def describe_machine() -> dict[str, Any]:
-    """Processor and number of cores."""
+def describe_machine(device: str) -> dict[str, Any]:
+    """Processor, number of cores, and the GPU if it is used."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": models[0] if models else "unknown", "cores": os.cpu_count()}
+    machine = {"cpu": models[0] if models else "unknown", "cores": os.cpu_count()}
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        machine["gpu"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    return machine
 
 
 def git_commit() -> str:
@@ -215,7 +242,7 @@ def main() -> None:
         "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
         "commit": git_commit(),
         "data": Path(arguments.data).name,
-        "machine": describe_machine(),
+        "machine": describe_machine(arguments.device),
         "jobs_at_a_time": arguments.jobs,
         "seeds": arguments.seeds,
         "steps_scale": arguments.steps_scale,

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from quality import ABLATIONS
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
@@ -55,6 +57,8 @@ class Job:
         data: folder with a train and a test split.
         steps_scale: factor on the steps of the recipe.
         bf16: whether to train with bf16 autocast; decided once for all jobs.
+        device: "cpu", or "cuda": then both sides train on our views, which a worker makes.
+        changes: settings of this run beside the recipe's.
     """
 
     implementation: str
@@ -63,10 +67,13 @@ class Job:
     data: str
     steps_scale: float
     bf16: bool
+    device: str = "cpu"
+    changes: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self) -> Recipe:
         """The method's recipe on the benchmark's data; both implementations take their settings from it."""
-        recipe = load_recipe(f"{self.method}_small")
+        method, _ = ABLATIONS.get(self.method, (self.method, {}))
+        recipe = load_recipe(f"{method}_small")
         steps = max(round(recipe.training["max_steps"] * self.steps_scale), FEWEST_STEPS)
         changes = {
             "dataset": self.data,
@@ -79,6 +86,8 @@ class Job:
             "disable_tqdm": True,
             "report_to": "none",
             "probe_limit": 100,  # built with the trainer, then taken out
+            "dataloader_num_workers": int(self.device == "cuda"),
+            **self.changes,
         }
         changed = override(recipe, changes)
         # Set here, as an override named "no" is read as YAML's false.
@@ -161,15 +170,18 @@ def train_lightly(job: Job, folder: Path) -> Training:
     recipe = job.recipe()
     args = training_arguments(recipe, str(folder))
     set_seed(job.seed)
-    run = LightlyRun(recipe, args)
+    trainer = build_trainer(recipe, folder) if job.device == "cuda" else None
+    run = LightlyRun(recipe, args, trainer)
     initial_encoder = copy.deepcopy(run.encoder)
     clock = Clock()
     clock.start()
     losses = run.train()
     clock.stop()
     part = max(len(losses) // LOSSES_KEPT, 1)
-    # Test images are normalised as lightly's transforms do it, by ImageNet's mean and deviation.
-    processor = METHODS["moco"].processor_class.for_image_size(recipe.config().image_size)
+    # Test images are normalised as the views were: by lightly's transforms with ImageNet's numbers.
+    processor: Any = METHODS["moco"].processor_class.for_image_size(recipe.config().image_size)
+    if trainer is not None:
+        processor = trainer.processing_class
     return Training(
         encoder=run.encoder,
         initial_encoder=initial_encoder,
@@ -203,32 +215,39 @@ def pools_of(recipe: Recipe) -> list[str]:
     """The features that are read: of a CNN its global mean, of a ViT what its method trains for."""
     if isinstance(recipe.config().backbone_config, SSLTimmConfig):
         return ["mean"]
-    return ["grid2", "mean"] if recipe.method == "mae" else ["class_token", "mean"]
+    return ["grid2", "mean"] if recipe.method in ("mae", "ijepa") else ["class_token", "mean"]
 
 
-def read_split(data: str, split: str, processor: Any) -> list[ImageBatch]:
-    """All images of a split, processed."""
-    return list(read_batches(open_images(data, split=split), processor))
+def read_splits(data: str, processor: Any) -> tuple[list[ImageBatch], list[ImageBatch]]:
+    """All images of the train split and of the other one, processed."""
+    held_out = "test" if any(Path(data).glob("test*")) else "validation"
+    train, test = (open_images(data, split=split) for split in ("train", held_out))
+    return list(read_batches(train, processor)), list(read_batches(test, processor))
 
 
 def score_training(job: Job, training: Training) -> list[ScoreRow]:
     """Rows of the trained encoder and of its step 0, on all images."""
-    train, test = (read_split(job.data, split, training.processor) for split in ("train", "test"))
+    train, test = read_splits(job.data, training.processor)
     statistics = [batch.pixel_values for batch in train][: NUM_STATISTICS_IMAGES // len(train[0].row_ids)]
     estimate_batchnorm_statistics(training.initial_encoder, statistics)
-    pools = pools_of(job.recipe())
-    rows = evaluate_encoder(training.encoder, training.processor, train, test, pools, floors=False).rows
-    floors = evaluate_encoder(training.initial_encoder, training.processor, train, test, pools, floors=False)
-    return [*rows, *(replace(row, features=RANDOM) for row in floors.rows)]
+    score = partial(
+        evaluate_encoder,
+        processor=training.processor,
+        train_source=train,
+        test_source=test,
+        pools=pools_of(job.recipe()),
+        floors=False,
+        device=job.device,
+    )
+    floors = [replace(row, features=RANDOM) for row in score(training.initial_encoder).rows]
+    return [*score(training.encoder).rows, *floors]
 
 
 def score_pixels(job: Job) -> list[ScoreRow]:
     """Rows of raw pixels, which no method changes."""
     processor = METHODS["moco"].processor_class.for_image_size(32)
     extractors = {PIXELS: PixelExtractor.of(processor)}
-    train, test = (
-        collect_features(extractors, read_split(job.data, split, processor)) for split in ("train", "test")
-    )
+    train, test = (collect_features(extractors, split) for split in read_splits(job.data, processor))
     return score_features(train, test)
 
 

@@ -19,10 +19,12 @@ from quality_lightly_methods import MAE, MoCo, SimCLR
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from hf_ssl.data.loader import BATCH_KEYS
 from hf_ssl.data.sources import open_images
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.recipes import Recipe
 from hf_ssl.training.schedules import ScheduleSpan, learning_rate_schedule
+from hf_ssl.training.trainer import SSLTrainer
 
 
 class EncodedImages(Dataset[list[Tensor]]):
@@ -50,16 +52,39 @@ def build_transform(recipe: Recipe) -> Callable[[Image.Image], list[Tensor]]:
     return lightly_transform(recipe.method, views)
 
 
-class LightlyRun:
-    """Model, data and optimizer of one run."""
+class OurViews:
+    """Batches of views as our trainer makes them, on its device, in the form that lightly's loops take."""
 
-    def __init__(self, recipe: Recipe, args: SSLTrainingArguments) -> None:
+    def __init__(self, trainer: SSLTrainer) -> None:
+        self.trainer = trainer
+
+    def __iter__(self) -> Iterator[list[Tensor]]:
+        for batch in self.trainer.get_train_dataloader():
+            inputs = {name: value for name, value in batch.items() if name in BATCH_KEYS.values()}
+            views = self.trainer._prepare_inputs(inputs)
+            yield [view for name in BATCH_KEYS.values() if name in views for view in views[name].unbind(1)]
+
+
+class LightlyRun:
+    """Model, data and optimizer of one run.
+
+    Args:
+        recipe: settings that both sides share.
+        args: the recipe's, as arguments of a training.
+        trainer: take views and device of this one; None: lightly's own views, on the CPU.
+    """
+
+    def __init__(self, recipe: Recipe, args: SSLTrainingArguments, trainer: SSLTrainer | None = None) -> None:
         self.args = args
-        self.model = MODELS[recipe.method](recipe.config())
+        self.device = torch.device("cpu") if trainer is None else args.device
+        self.model = MODELS[recipe.method](recipe.config()).to(self.device)
         self.encoder = self.model.encoder
-        images = open_images(recipe.data.dataset, split="train")
-        dataset = EncodedImages(images, build_transform(recipe))
-        self.loader = DataLoader(dataset, batch_size=args.global_batch_size, shuffle=True, drop_last=True)
+        if trainer is None:
+            images = open_images(recipe.data.dataset, split="train")
+            dataset = EncodedImages(images, build_transform(recipe))
+            self.loader = DataLoader(dataset, batch_size=args.global_batch_size, shuffle=True, drop_last=True)
+        else:
+            self.loader = OurViews(trainer)
         decayed, undecayed = utils.get_weight_decay_parameters(self.model.trained)
         groups = [
             {"params": decayed, "weight_decay": args.weight_decay},
@@ -84,7 +109,7 @@ class LightlyRun:
 
     def train(self, after_step: Callable[[int], None] | None = None) -> list[float]:
         """All steps; the loss of each. `after_step` gets the number of steps done."""
-        autocast = partial(torch.autocast, "cpu", dtype=torch.bfloat16, enabled=self.args.bf16)
+        autocast = partial(torch.autocast, self.device.type, dtype=torch.bfloat16, enabled=self.args.bf16)
         self.model.train()
         losses = []
         for step, views in zip(range(self.args.max_steps), self.batches(), strict=False):

@@ -108,6 +108,7 @@ class iBOT(DINO):  # noqa: N801  (the paper's spelling)
             for ratio, spread in zip(self.config.mask_ratios, self.config.mask_ratio_spreads, strict=True)
         )
         mask_BHW = utils.random_block_mask((len(global_views), side, side), max_image_mask_ratio=highest)
+        mask_BHW = mask_BHW.to(global_views.device)
         mask_BN = nn.functional.pad(mask_BHW.flatten(1), (1, 0))  # the class token is never hidden
         with autocast():
             with torch.no_grad():

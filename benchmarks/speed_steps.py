@@ -129,9 +129,9 @@ def views_of(name: str) -> tuple[Tensor, Tensor | None]:
     return (views[:, 0].contiguous(), None) if method == "mae" else (views, None)
 
 
-def autocast(bf16: bool) -> contextlib.AbstractContextManager[Any]:
+def autocast(bf16: bool, device: str = "cpu") -> contextlib.AbstractContextManager[Any]:
     """As the trainer has it."""
-    return torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16)
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
 def our_step(name: str, bf16: bool) -> Run:
@@ -149,16 +149,18 @@ def our_step(name: str, bf16: bool) -> Run:
     return protocol_step(model, OPTIMIZERS[method], batch, bf16)
 
 
-def protocol_step(model: Any, optimizer_name: str, batch: dict[str, Tensor], bf16: bool = False) -> Run:
+def protocol_step(
+    model: Any, optimizer_name: str, batch: dict[str, Tensor], bf16: bool = False, device: str = "cpu"
+) -> Run:
     """One call is one optimizer step of a model of ours on these views."""
     model.freeze_targets()
     optimizer = build_optimizer(optimizer_name, model.parameter_groups(0.05, False), 1e-4)
-    batch = batch | {"row_index": torch.arange(len(batch["pixel_values"]))}
+    batch = batch | {"row_index": torch.arange(len(batch["pixel_values"]), device=device)}
     steps = iter(range(10**9))
 
     def run() -> None:
         model.begin_step(next(steps), 10**6)
-        with autocast(bf16):
+        with autocast(bf16, device):
             model.prepare_step([batch])
             outputs = model(**batch)
         outputs.loss.backward()

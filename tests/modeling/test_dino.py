@@ -110,7 +110,7 @@ def test_separate_batch_norm_treats_every_view_as_a_batch_of_its_own():
     ]
     near(outputs.loss, torch.stack(terms).mean())
     joined = moved(CNN.build(**plain).double())(pixels, local)
-    assert abs(float(joined.loss - outputs.loss)) > 1e-4
+    assert (joined.loss - outputs.loss).abs() > 1e-4
 
 
 def test_koleo_spreads_each_global_view_of_the_backbone_on_its_own():

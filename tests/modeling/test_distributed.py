@@ -61,9 +61,9 @@ def norm_result(norm: nn.Module, x: Tensor, output: Tensor) -> dict[str, Tensor]
     }
 
 
-def synchronized_norm(shape: str, steps: int = 2) -> dict[str, Tensor]:
+def synchronized_norm(shape: str, steps: int = 2, first_rows: int = 3) -> dict[str, Tensor]:
     norm = convert_batchnorm(norm_case(nn.BatchNorm1d if shape == "1d" else nn.BatchNorm2d))
-    rows = slice(3 * rank(), 3 * rank() + 3)
+    rows = slice(0, first_rows) if rank() == 0 else slice(first_rows, None)
     x = NORM_INPUT[shape][rows].clone().requires_grad_()
     for _ in range(steps):
         output = norm(x)
@@ -111,7 +111,10 @@ def on_every_rank(case: dict[str, Tensor]) -> dict[str, object]:
     result["shuffled"], result["unshuffled"] = shuffled, unshuffle_rows(shuffled, permutation)
 
     result["train_step"] = train_step(case, rows)
-    return result | {f"norm{shape}": synchronized_norm(shape) for shape in ("1d", "2d")} | shuffle_norm(case)
+    norms = {f"norm{shape}": synchronized_norm(shape) for shape in ("1d", "2d")}
+    norms["uneven"] = synchronized_norm("1d", first_rows=2)
+    norms["none here"] = synchronized_norm("1d", first_rows=0)
+    return result | norms | shuffle_norm(case)
 
 
 def shuffle_norm(case: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -172,6 +175,16 @@ def test_mean_gradient_of_two_processes_equals_the_merged_batch(ranks, golden):
 def test_gradient_is_not_that_of_a_gather_without_gradient(ranks, golden):
     gradient = torch.stack([result["gradient"] for result in ranks]).mean(dim=0)
     assert (gradient - golden("simclr")["dist_wrong_grad_W_detached_gather"]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("case", ["uneven", "none here"])
+def test_synchronized_norm_counts_the_rows_that_every_process_has(ranks, case):
+    """Hidden patches are not as many on all processes, and may be none on one."""
+    merged, parts = merged_norm("1d"), [result[case] for result in ranks]
+    near(torch.cat([part["output"] for part in parts]), merged["output"])
+    near(torch.cat([part["input_gradient"] for part in parts]), merged["input_gradient"])
+    for part in parts:
+        near(part["running_var"], merged["running_var"])
 
 
 @pytest.mark.parametrize("shape", ["1d", "2d"])

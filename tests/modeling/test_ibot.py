@@ -218,3 +218,21 @@ def test_defaults_are_those_of_the_published_runs(tmp_path):
         (1, [0.25, 1.0]),
         (10, [0.05, 0.25]),
     ]
+
+
+def test_separate_batch_norm_of_the_head_treats_views_and_patches_as_batches_of_their_own():
+    """Class tokens and patches have other statistics; together, BatchNorm would take out neither's."""
+    model = SHARED.build(normalize_head=True, separate_batch_norm=True).double()
+    branch = model.student
+    generator = torch.Generator().manual_seed(1)
+    width = branch.backbone.config.hidden_size
+    classes, patches = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (8, 5))
+    views, own = branch.vectors(classes, patches + 3, num_views=2)
+    near(views, torch.cat([branch.head(part) for part in classes.chunk(2)]))
+    near(own, branch.head(patches + 3))
+    together, _ = (
+        SHARED.build(normalize_head=True).double().student.vectors(classes, patches + 3, num_views=2)
+    )
+    assert (views - together).abs().max() > 1e-3
+    for number in (0, 1):  # no batch of their own
+        assert branch.vectors(classes, patches[:number], num_views=2)[1].shape == (number, 8)

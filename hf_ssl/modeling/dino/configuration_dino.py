@@ -21,7 +21,3 @@ class DINOConfig(SSLDistillationConfig):
         "drop_path_rate": 0.1,  # of the student; the teacher has none
         "weight_initialization": "trunc_normal_linears",
     }
-
-    # BatchNorm of backbone and head takes each view by itself, as lightly's does, instead of all views of a
-    # size together, as the authors' does.
-    separate_batch_norm: bool = False

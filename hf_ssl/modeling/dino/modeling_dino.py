@@ -14,7 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.centering import PrototypeCenter
-from hf_ssl.modeling.shared.distillation import NUM_GLOBAL_VIEWS, SelfDistillation, StepTargets
+from hf_ssl.modeling.shared.distillation import (
+    NUM_GLOBAL_VIEWS,
+    SelfDistillation,
+    StepTargets,
+    view_by_view,
+)
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLModel, split_views, std_of_normalized
 from hf_ssl.modeling.shared.prototypes import PrototypeTargets, mean_of_other_views, view_cross_entropies
@@ -33,7 +38,6 @@ class DINOForPreTraining(SelfDistillation):
     """Student, teacher, centre and the multi-crop loss."""
 
     config_class = DINOConfig
-    config: DINOConfig
 
     def __init__(self, config: DINOConfig) -> None:
         super().__init__(config)
@@ -51,19 +55,19 @@ class DINOForPreTraining(SelfDistillation):
     def class_vectors(self, pixel_values: Tensor) -> Tensor:
         """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
         features_RD = self._features(self.target_branch.backbone, pixel_values)
-        vectors = self._view_by_view(self.target_branch.head, features_RD, NUM_GLOBAL_VIEWS)
+        vectors = self._over_views(self.target_branch.head, features_RD, NUM_GLOBAL_VIEWS)
         return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
 
     def _features(self, backbone: nn.Module, views_BVCHW: Tensor) -> Tensor:
         """Pooled features (V * B, D) of views of one size, blocked by view."""
         num_views = views_BVCHW.shape[1]
         crops = views_BVCHW.transpose(0, 1).flatten(0, 1)
-        return self._view_by_view(lambda part: backbone(part).pooler_output, crops, num_views)
+        return self._over_views(lambda part: backbone(part).pooler_output, crops, num_views)
 
-    def _view_by_view(self, network: Callable[[Tensor], Tensor], rows: Tensor, num_views: int) -> Tensor:
-        """Results for rows that are blocked by view: of all at once, unless BatchNorm tells views apart."""
-        parts = rows.chunk(num_views) if self.config.separate_batch_norm else (rows,)
-        return torch.cat([network(part) for part in parts])
+    def _over_views(self, network: Callable[[Tensor], Tensor], rows: Tensor, num_views: int) -> Tensor:
+        if self.config.separate_batch_norm:
+            return view_by_view(network, rows, num_views)
+        return network(rows)
 
     def _targets(self, pixel_values: Tensor, row_index: Tensor | None) -> PrototypeTargets:
         """Targets of a micro-batch, view after view: the prepared ones, or of this batch alone."""
@@ -98,7 +102,7 @@ class DINOForPreTraining(SelfDistillation):
         sizes = [views for views in (pixel_values, local_pixel_values) if views is not None]
         features_RD = torch.cat([self._features(self.student.backbone, views) for views in sizes])
         num_views = sum(views.shape[1] for views in sizes)
-        vectors_Rd = self._view_by_view(self.student.head, features_RD, num_views)
+        vectors_Rd = self._over_views(self.student.head, features_RD, num_views)
         cross_entropies_VG = view_cross_entropies(
             vectors_Rd.unflatten(0, (-1, num_images)),
             self.student.head.prototypes.weights(),  # type: ignore[union-attr, operator]

@@ -87,7 +87,12 @@ class DINOv2ForPreTraining(PatchSelfDistillation):
                 hidden_norm=False,
                 train_scale=config.train_prototype_scale,
             )
-        branch = PatchBranch(backbone, build_head(config, backbone.hidden_size), patch_head=own)
+        branch = PatchBranch(
+            backbone,
+            build_head(config, backbone.hidden_size),
+            patch_head=own,
+            separate_batch_norm=config.separate_batch_norm,
+        )
         convert_batchnorm(branch, "synchronized")
         return branch
 

@@ -62,7 +62,12 @@ class iBOTForPreTraining(PatchSelfDistillation):  # noqa: N801  (the paper's spe
                 config.num_patch_prototypes,  # type: ignore[arg-type]
                 train_scale=config.train_prototype_scale,
             )
-        branch = PatchBranch(backbone, build_head(config, backbone.hidden_size), patch_prototypes=own)
+        branch = PatchBranch(
+            backbone,
+            build_head(config, backbone.hidden_size),
+            patch_prototypes=own,
+            separate_batch_norm=config.separate_batch_norm,
+        )
         convert_batchnorm(branch, "synchronized")
         return branch
 

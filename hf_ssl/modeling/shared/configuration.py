@@ -241,6 +241,9 @@ class SSLDistillationConfig(SSLConfig):
     head_bottleneck_size: int = 256
     num_head_layers: int = 3
     normalize_head: bool = False  # --use_bn_in_head; what makes small data learn
+    # BatchNorm takes each view by itself, and patches by themselves, as lightly's does, instead of all crops
+    # of a size, and all that passes the head, together, as the authors' does.
+    separate_batch_norm: bool = False
     train_prototype_scale: bool = False  # not --norm_last_layer
     student_temperature: float | int = 0.1  # never scheduled
     teacher_temperature: float | int = 0.04  # --teacher_temp

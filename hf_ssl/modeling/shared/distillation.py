@@ -7,7 +7,7 @@ L = local views, V = G + L, D = backbone width, d = bottleneck width, K = protot
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -182,6 +182,11 @@ class StepTargets:
         """Targets of rows of the global batch, view after view, with the teacher's `weights` as they are."""
         views = torch.arange(NUM_GLOBAL_VIEWS, device=row_index.device)[:, None]
         return self.targets.rows(self.positions(row_index) * NUM_GLOBAL_VIEWS + views, weights)
+
+
+def view_by_view(network: Callable[[Tensor], Tensor], rows: Tensor, num_views: int) -> Tensor:
+    """Results for rows that are blocked by view, each view in a pass of its own."""
+    return torch.cat([network(part) for part in rows.chunk(num_views)])
 
 
 def build_head(config: SSLDistillationConfig, input_size: int) -> PrototypeHead:

@@ -202,7 +202,9 @@ class SynchronizedBatchNorm(_AnyShapeBatchNorm):
         values = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         other_dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        count = x.numel() // x.shape[1] * world_size()
+        # Processes may have different numbers of rows, as of hidden patches.
+        own = torch.tensor([x.numel() // x.shape[1]], dtype=torch.float64, device=x.device)
+        count = float(sum_over_processes(own))
         mean_C = _SumWithGradient.apply(values.sum(other_dims)) / count
         centered = values - mean_C.view(shape)
         variance_C = _SumWithGradient.apply(centered.square().sum(other_dims)) / count

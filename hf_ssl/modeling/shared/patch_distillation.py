@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.centering import PrototypeCenter, centered_targets, mean_logits
 from hf_ssl.modeling.shared.configuration import SSLDistillationConfig
-from hf_ssl.modeling.shared.distillation import NUM_GLOBAL_VIEWS, SelfDistillation, StepTargets
+from hf_ssl.modeling.shared.distillation import (
+    NUM_GLOBAL_VIEWS,
+    SelfDistillation,
+    StepTargets,
+    view_by_view,
+)
 from hf_ssl.modeling.shared.distributed import rank, world_size
 from hf_ssl.modeling.shared.heads import PrototypeHead, Prototypes
 from hf_ssl.modeling.shared.outputs import SSLOutput
@@ -40,6 +45,7 @@ class PatchBranch(Branch):
         head: of class tokens, and of patches without a head of their own.
         patch_head: of patches.
         patch_prototypes: of patches that share the MLP of `head`.
+        separate_batch_norm: views one by one, and patches, pass `head` by themselves.
     """
 
     head: PrototypeHead
@@ -50,16 +56,20 @@ class PatchBranch(Branch):
         head: PrototypeHead,
         patch_head: PrototypeHead | None = None,
         patch_prototypes: Prototypes | None = None,
+        separate_batch_norm: bool = False,
     ) -> None:
         super().__init__(backbone, head)
+        self.separate_batch_norm = separate_batch_norm
         self.patch_head = patch_head
         self.patch_prototypes = patch_prototypes
 
-    def vectors(self, classes_RD: Tensor, patches_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of class tokens (R, d) and of patches (M, d)."""
+    def vectors(self, classes_RD: Tensor, patches_MD: Tensor, num_views: int) -> tuple[Tensor, Tensor]:
+        """Unit vectors of class tokens (R, d), blocked by view, and of patches (M, d)."""
         if self.patch_head is not None:
             return self.head(classes_RD), self.patch_head(patches_MD)
-        # Together, since a BatchNorm of the head cannot do without rows, and patches may be none.
+        # A single process may have hidden no patch, or one, and has no other's to make a batch of.
+        if self.separate_batch_norm and (len(patches_MD) > 1 or world_size() > 1):
+            return view_by_view(self.head, classes_RD, num_views), self.head(patches_MD)
         vectors = self.head(torch.cat([classes_RD, patches_MD]))
         return vectors[: len(classes_RD)], vectors[len(classes_RD) :]
 
@@ -201,7 +211,9 @@ class PatchSelfDistillation(SelfDistillation):
         outputs = self.target_branch.backbone(join_views(pixel_values, NUM_GLOBAL_VIEWS))
         patches_BGND = self.target_branch.patch_tokens(outputs.last_hidden_state)
         wanted = torch.ones_like(is_masked_BGN) if self.centers_all_patches else is_masked_BGN
-        classes_Rd, wanted_Md = self.target_branch.vectors(outputs.pooler_output, patches_BGND[wanted])
+        classes_Rd, wanted_Md = self.target_branch.vectors(
+            outputs.pooler_output, patches_BGND[wanted], NUM_GLOBAL_VIEWS
+        )
         hidden_Md = wanted_Md[is_masked_BGN[wanted]]
         return TeachersLook(
             classes=classes_Rd.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1),
@@ -278,7 +290,9 @@ class PatchSelfDistillation(SelfDistillation):
             bool_masked_pos=is_masked_BGN.transpose(0, 1).flatten(0, 1) if self.hides_patches else None,
         )
         patches_BGND = self.student.patch_tokens(tokens)
-        vectors_Rd, patches_Md = self.student.vectors(features_RD, patches_BGND[is_masked_BGN])
+        vectors_Rd, patches_Md = self.student.vectors(
+            features_RD, patches_BGND[is_masked_BGN], len(features_RD) // num_images
+        )
         temperature = self.config.student_temperature
         class_loss = mean_of_other_views(
             view_cross_entropies(
