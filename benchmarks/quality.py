@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -194,7 +195,7 @@ def job_environment(device: str) -> dict[str, str]:
     )
 
 
-def describe_machine(device: str) -> dict[str, Any]:
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
     """Processor, number of cores, and the GPU if it is used."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
@@ -207,7 +208,9 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout, marked if it has changes beside results."""
+    """Commit of the checkout, marked if it has changes beside results; "unknown" in a copy without git."""
+    if shutil.which("git") is None:
+        return "unknown"
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
