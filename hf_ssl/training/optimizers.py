@@ -172,3 +172,16 @@ def _prepared(group: dict[str, Any], learning_rate: float) -> dict[str, Any]:
     defaults = {"weight_decay": 0.0, "lr_multiplier": 1.0, "exclude_from_adaptation": False}
     group = defaults | group | {"params": trained}
     return group | {"lr": learning_rate * group["lr_multiplier"]}
+
+
+@torch.no_grad()
+def clip_each_gradient(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Bound the norm of every gradient by itself, all norms in one pass; the norm of all, before.
+
+    The factor is that of `torch.nn.utils.clip_grad_norm_` for a single tensor, and DINO's `clip_gradients`.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(gradients, list(factors.unbind()))
+    return norms.norm()

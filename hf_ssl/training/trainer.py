@@ -41,7 +41,7 @@ from hf_ssl.training.doctor import Case, LiveDoctor
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
 from hf_ssl.training.lora import add_lora, merged_state
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
-from hf_ssl.training.optimizers import build_optimizer
+from hf_ssl.training.optimizers import build_optimizer, clip_each_gradient
 from hf_ssl.training.processes import on_first_process
 from hf_ssl.training.progress import ReadableLog
 from hf_ssl.training.publishing import PublishingTrainer
@@ -277,13 +277,12 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     def _clip(self, model: torch.nn.Module) -> Tensor | float:
         if self.args.clip_mode == "global":
             return super()._clip_grad_norm(model)
-        pieces = [[parameter] for parameter in model.parameters()]
-        if self.args.clip_mode == "per_module":
-            pieces = [list(part.parameters()) for part in self.model.student.children()]
+        if self.args.clip_mode == "per_tensor":
+            return clip_each_gradient(model.parameters(), self.args.max_grad_norm)
         norms = [
-            torch.nn.utils.clip_grad_norm_(piece, self.args.max_grad_norm)
-            for piece in pieces
-            if any(parameter.grad is not None for parameter in piece)
+            torch.nn.utils.clip_grad_norm_(list(part.parameters()), self.args.max_grad_norm)
+            for part in self.model.student.children()
+            if any(parameter.grad is not None for parameter in part.parameters())
         ]
         return torch.stack(norms).norm()
 
