@@ -165,7 +165,9 @@ class MAE(Method):
         """Loss of a batch."""
         images = views[0]
         size = (len(images), self.backbone.sequence_length)
-        kept_index, masked_index_BM = utils.random_token_mask(size, mask_ratio=self.mask_ratio)
+        kept_index, masked_index_BM = utils.random_token_mask(
+            size, mask_ratio=self.mask_ratio, device=images.device
+        )
         with autocast():
             visible = self.decoder.embed(self.backbone.encode(images, idx_keep=kept_index))
             tokens = utils.repeat_token(self.decoder.mask_token, size)

@@ -49,7 +49,10 @@ def write_report(output: Path, facts: dict[str, Any], results: list[Result]) -> 
     """Write the Markdown file and the JSON file beside it."""
     lines = table_lines(results)
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text("\n".join([*_heading(facts, results), *lines, "", *_reading(results), ""]), "utf-8")
+    output.write_text(
+        "\n".join([*_heading(facts, results), *lines, "", *_reading(results, "gpu" in facts["machine"]), ""]),
+        "utf-8",
+    )
     everything = {**facts, "printed_knn": PRINTED_KNN, "table": lines, "results": results}
     output.with_suffix(".json").write_text(json.dumps(everything, indent=1) + "\n", "utf-8")
 
@@ -128,13 +131,15 @@ def _heading(facts: dict[str, Any], results: list[Result]) -> list[str]:
     threads = max(result["torch_threads"] for result in results)
     seeds = ", ".join(map(str, facts["seeds"]))
     trained = next(result for result in results if "settings" in result)
+    gpu = f"{machine['gpu']}, shared by all processes; " if "gpu" in machine else ""
     lines = [
         "# Quality beside lightly",
         "",
-        f"{facts['date']}, commit {facts['commit']}. Written by `python benchmarks/quality.py`.",
+        f"{facts['date']}, commit {facts['commit']}. Written by `python benchmarks/quality.py"
+        f"{' --device cuda' if gpu else ''}`.",
         "",
-        f"- Machine: {machine['cpu']}, {machine['cores']} cores, load {min(loads):.1f} to {max(loads):.1f} "
-        "at the start of jobs; "
+        f"- Machine: {gpu}{machine['cpu']}, {machine['cores']} cores, load {min(loads):.1f} to "
+        f"{max(loads):.1f} at the start of jobs; "
         f"{facts['jobs_at_a_time']} processes at a time, {threads} torch thread each.",
         f"- {versions}.",
         f"- Data: `{facts['data']}`, all images of both splits; seeds {seeds}; "
@@ -145,7 +150,10 @@ def _heading(facts: dict[str, Any], results: list[Result]) -> list[str]:
     return [*lines, ""]
 
 
-def _reading(results: list[Result]) -> list[str]:
+def _reading(results: list[Result], on_gpu: bool) -> list[str]:
+    shared, views, clock = "strengths of the views", "code of views, ", "decoding, views, "
+    if on_gpu:
+        shared, views, clock = "the views (ours)", "", ""
     return [
         "How to read it:",
         "",
@@ -159,14 +167,15 @@ def _reading(results: list[Result]) -> list[str]:
         "- Floors print their best: of plain, centred and standardised kNN, and of 32 x 32 and 8 x 8 pixels. "
         "Random init is our own network at step 0; BatchNorm statistics are estimated on 2,048 train images.",
         "- Same on both sides: images, network, steps, batch, AdamW (fused), rates, schedule, precision, "
-        "initial weights of the CNN, strengths of the views. Each side's own: initial weights of heads and "
-        "ViT, code of views, loss, queue, masks and attention.",
+        f"initial weights of the CNN, {shared}. "
+        f"Each side's own: initial weights of heads and ViT, {views}loss, queue, masks and attention.",
         "- The recipes' settings (about 15 tried for the contrastive methods, 2 for MAE) were compared on "
         "this test split with one seed, their later doubling of the contrastive steps was not; so our rows "
         "are slightly optimistic. lightly's sides took the same settings.",
-        "- Core-minutes and images/s are processor time of the training loop in one process (decoding, "
-        "views, forward, backward, update). Load from elsewhere still slows them through shared caches: "
-        "trust the ratio, whose sides ran side by side, more than the figures.",
+        f"- Core-minutes and images/s are processor time of the training loop in one process ({clock}"
+        "forward, backward, update). Load from elsewhere still slows them through shared caches: trust the "
+        "ratio, whose sides ran side by side, more than the figures."
+        + (" On a GPU they tell how long Python was busy, not how fast a step is." if on_gpu else ""),
         "",
         "Settings:",
         "",
