@@ -202,6 +202,8 @@ class PrototypeTargets:
         }
 
 
+# Not traced: torch 2.11 traces this backward, and the gradients of prototypes are wrong.
+@torch.compiler.disable
 def _pass_over_prototypes(
     rows_Rd: Tensor, weights: PrototypeWeights, targets: PrototypeTargets, temperature: float
 ) -> tuple[Tensor, Tensor]:
