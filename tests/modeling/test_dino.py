@@ -340,6 +340,7 @@ def test_training_is_the_same_on_two_processes_with_two_micro_batches_each():
         ({"num_prototypes": 0}, "num_prototypes must be at least 1"),
         ({"teacher_momentum": 1.1}, r"must be in \[0, 1\]"),
         ({"koleo_weight": -1.0}, "koleo_weight must be >= 0"),
+        ({"separate_batch_norm": True}, "no effect on a ViT whose head has no BatchNorm; set normalize_head"),
         ({"freeze_prototype": 1}, "the nearest is 'freeze_prototypes'"),
     ],
 )

@@ -264,6 +264,15 @@ class SSLDistillationConfig(SSLConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
+    def validate_batch_norm(self) -> None:
+        """Refuse a setting of BatchNorm where there is none."""
+        is_vit = isinstance(self.backbone_config, SSLViTConfig)
+        if self.separate_batch_norm and is_vit and not self.normalize_head:
+            raise ValueError(
+                "separate_batch_norm has no effect on a ViT whose head has no BatchNorm; set normalize_head, "
+                "or leave it out"
+            )
+
     def validate_temperatures(self) -> None:
         """Refuse temperatures that are none, and a teacher that is not sharper than its student."""
         for name in ("student_temperature", "teacher_temperature", "teacher_temperature_start"):

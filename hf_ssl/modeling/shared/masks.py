@@ -6,7 +6,9 @@ Shape suffixes: B = images, N = patches, M = kept patches.
 import math
 import random
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK_ATTEMPTS = 10
@@ -79,18 +81,18 @@ def block_mask(
     Returns:
         (rows, columns) bool, True = hidden.
     """
-    mask = [[False] * grid[1] for _ in range(grid[0])]
+    mask = np.zeros(grid, dtype=bool)
     count = 0
     while count < target:
         added = _hide_rectangle(mask, grid, min_area, min(target - count, max_area), generator)
         if not added:
             break
         count += added
-    return torch.tensor(mask)
+    return torch.from_numpy(mask)
 
 
 def _hide_rectangle(
-    mask: list[list[bool]], grid: tuple[int, int], min_area: float, limit: float, generator: random.Random
+    mask: NDArray[np.bool_], grid: tuple[int, int], min_area: float, limit: float, generator: random.Random
 ) -> int:
     """Patches newly hidden by the first of ten rectangles that adds 1 to `limit` of them; 0: none did."""
     for _ in range(BLOCK_ATTEMPTS):
@@ -100,16 +102,11 @@ def _hide_rectangle(
         if height >= grid[0] or width >= grid[1]:
             continue
         top, left = generator.randint(0, grid[0] - height), generator.randint(0, grid[1] - width)
-        fresh = [
-            (row, column)
-            for row in range(top, top + height)
-            for column in range(left, left + width)
-            if not mask[row][column]
-        ]
-        if 0 < len(fresh) <= limit:
-            for row, column in fresh:
-                mask[row][column] = True
-            return len(fresh)
+        rectangle = mask[top : top + height, left : left + width]
+        num_fresh = rectangle.size - int(np.count_nonzero(rectangle))
+        if 0 < num_fresh <= limit:
+            rectangle[:] = True
+            return num_fresh
     return 0
 
 
