@@ -48,6 +48,7 @@ CODE = {  # whose change makes a kept result worthless
     ],
     "pixels": ["hf_ssl/evaluation"],
 }
+OUR_VIEWS = ["hf_ssl/data", "hf_ssl/training"]  # on a GPU, lightly's side trains on them
 
 Job = dict[str, Any]
 
@@ -82,11 +83,11 @@ def list_jobs(arguments: argparse.Namespace) -> list[Job]:
     jobs: list[Job] = [{"implementation": "pixels", "method": "", "seed": 0, **untrained}]
     for seed in arguments.seeds:
         for method in arguments.methods:
-            _, changes = ABLATIONS.get(method, (method, {}))
-            own = {"implementation": "ours", "method": method, "seed": seed, **shared}
-            jobs.append(own | {"changes": changes})
+            base, changes = ABLATIONS.get(method, (method, {}))
+            job = {"method": method, "recipe_name": f"{base}_small", "seed": seed, **shared}
+            jobs.append({"implementation": "ours", "changes": changes, **job})
             if method in COMPARED:
-                jobs.append({"implementation": "lightly", "method": method, "seed": seed, **shared})
+                jobs.append({"implementation": "lightly", **job})
     return jobs
 
 
@@ -94,7 +95,7 @@ def choose_bf16(arguments: argparse.Namespace) -> bool:
     """One precision for all jobs, also when continued: which one is faster is measured, and may waver."""
     if arguments.bf16 != "auto":
         return bool(arguments.bf16 == "yes")
-    kept = arguments.work / "bf16.json"
+    kept = arguments.work / f"bf16_{arguments.device}.json"
     if not kept.is_file():
         code = "from hf_ssl.modeling.shared.precision import has_fast_bf16; print(int(has_fast_bf16()))"
         command = [sys.executable, "-c", code]
@@ -109,9 +110,9 @@ def result_file(job: Job, work: Path) -> Path:
     """Where a job's result is kept; the name changes with everything that the result depends on."""
     digest = hashlib.sha256(json.dumps([job, package_versions()], sort_keys=True).encode())
     if job["method"]:
-        method, _ = ABLATIONS.get(job["method"], (job["method"], {}))
-        digest.update((RECIPES / f"{method}_small.yaml").read_bytes())
-    for name in CODE[job["implementation"]]:
+        digest.update((RECIPES / f"{job['recipe_name']}.yaml").read_bytes())
+    code = CODE[job["implementation"]]
+    for name in code if job.get("device") != "cuda" else [*code, *OUR_VIEWS]:
         path = ROOT / name
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             digest.update(file.read_bytes())
@@ -181,18 +182,14 @@ class Runner:
 def job_environment(device: str) -> dict[str, str]:
     """One thread, no network, no GPU unless asked for, and the code of this checkout, installed or not."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
-    return (
-        os.environ
-        | hidden
-        | {
-            "OMP_NUM_THREADS": "1",
-            "MKL_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "PYTHONWARNINGS": "ignore",
-        }
-    )
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PYTHONWARNINGS": "ignore",
+    }
+    return environment | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from quality import ABLATIONS
 from torch import nn
 from transformers import TrainerCallback, set_seed
 
@@ -52,11 +51,12 @@ class Job:
 
     Attributes:
         implementation: "ours", "lightly" or "pixels".
-        method: a method with a recipe `<method>_small`; empty for pixels.
+        method: row of the table; empty for pixels.
         seed: of weights, data order, views and masks.
         data: folder with a train and a test split.
         steps_scale: factor on the steps of the recipe.
         bf16: whether to train with bf16 autocast; decided once for all jobs.
+        recipe_name: what is trained; empty for pixels.
         device: "cpu", or "cuda": then both sides train on our views, which a worker makes.
         changes: settings of this run beside the recipe's.
     """
@@ -67,13 +67,13 @@ class Job:
     data: str
     steps_scale: float
     bf16: bool
+    recipe_name: str = ""
     device: str = "cpu"
     changes: dict[str, Any] = field(default_factory=dict)
 
     def recipe(self) -> Recipe:
         """The method's recipe on the benchmark's data; both implementations take their settings from it."""
-        method, _ = ABLATIONS.get(self.method, (self.method, {}))
-        recipe = load_recipe(f"{method}_small")
+        recipe = load_recipe(self.recipe_name)
         steps = max(round(recipe.training["max_steps"] * self.steps_scale), FEWEST_STEPS)
         changes = {
             "dataset": self.data,
@@ -215,7 +215,7 @@ def pools_of(recipe: Recipe) -> list[str]:
     """The features that are read: of a CNN its global mean, of a ViT what its method trains for."""
     if isinstance(recipe.config().backbone_config, SSLTimmConfig):
         return ["mean"]
-    return ["grid2", "mean"] if recipe.method in ("mae", "ijepa") else ["class_token", "mean"]
+    return ["grid2", "mean"] if recipe.method == "mae" else ["class_token", "mean"]
 
 
 def read_splits(data: str, processor: Any) -> tuple[list[ImageBatch], list[ImageBatch]]:

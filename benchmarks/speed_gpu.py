@@ -19,8 +19,7 @@ from typing import Any
 
 import torch
 from interleaved import Part, interleave, peak_memory, timing_rows
-from lightly.models import utils
-from speed_steps import LIGHTLY, Run, protocol_step
+from speed_steps import LIGHTLY, Run, lightly_loop, protocol_step
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +31,7 @@ VIT_S = {"model_type": "hf_ssl_vit", "hidden_size": 384, "num_attention_heads": 
 SETTINGS: dict[str, dict[str, Any]] = {
     "SimCLR ResNet-50": {"method": "simclr", "batch": 128, "backbone_config": RESNET},
     "MoCo v2 ResNet-50, K = 65536": {"method": "moco", "batch": 128, "backbone_config": RESNET},
-    "MAE ViT-B/16": {"method": "mae", "batch": 256, "backbone_config": {}},
+    "MAE ViT-B/16": {"method": "mae", "batch": 256, "backbone_config": None},
     "DINO ViT-S/16, K = 65536": {"method": "dino", "batch": 64, "backbone_config": VIT_S},
 }
 STEPS = 3  # of one measurement
@@ -42,9 +41,7 @@ NUM_LOCAL_VIEWS = 8
 def config_of(name: str) -> Any:
     """Our configuration of a setting: the method's defaults, with its backbone."""
     setting = SETTINGS[name]
-    config_class = METHODS[setting["method"]].config_class
-    backbone = setting["backbone_config"]
-    return config_class(backbone_config=backbone) if backbone else config_class()
+    return METHODS[setting["method"]].config_class(backbone_config=setting["backbone_config"])
 
 
 def views_of(name: str) -> dict[str, Tensor]:
@@ -96,21 +93,10 @@ def lightly_step(name: str) -> Run:
     model = LIGHTLY[method](config_of(name)).train().cuda()
     if SETTINGS[name]["backbone_config"] is RESNET:
         model.to(memory_format=torch.channels_last)
-    decayed, undecayed = utils.get_weight_decay_parameters(model.trained)
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": undecayed, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4)
     views = [
         v for batch in views_of(name).values() for v in (batch.unbind(1) if batch.ndim == 5 else [batch])
     ]
-
-    def run() -> None:
-        model.move_teacher(0, 10**6)
-        loss = model.loss(views, partial(torch.autocast, "cuda", dtype=torch.bfloat16))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
+    return lightly_loop(model, "adamw", views, bf16=True, device="cuda")
 
 
 def timed(run: Run) -> Run:

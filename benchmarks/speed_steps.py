@@ -176,20 +176,27 @@ def lightly_step(name: str, bf16: bool) -> Run:
     """lightly's parts in the order of its examples, with torch's default optimizer as they have it."""
     method = SETTINGS[name]["method"]
     model: Method = LIGHTLY[method](config_of(name)).train()
+    global_views, local_views = views_of(name)
+    views = [global_views] if method == "mae" else list(global_views.unbind(1))
+    views += [] if local_views is None else list(local_views.unbind(1))
+    return lightly_loop(model, OPTIMIZERS[method], views, bf16)
+
+
+def lightly_loop(
+    model: Method, optimizer_name: str, views: list[Tensor], bf16: bool, device: str = "cpu"
+) -> Run:
+    """One call is one optimizer step of a model of lightly's parts on these views."""
     decayed, undecayed = utils.get_weight_decay_parameters(model.trained)
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": undecayed, "weight_decay": 0.0}]
     build: Any = {
         "sgd": partial(torch.optim.SGD, momentum=0.9),
         "adamw": torch.optim.AdamW,
-    }[OPTIMIZERS[method]]
+    }[optimizer_name]
     optimizer = build(groups, lr=1e-4)
-    global_views, local_views = views_of(name)
-    views = [global_views] if method == "mae" else list(global_views.unbind(1))
-    views += [] if local_views is None else list(local_views.unbind(1))
 
     def run() -> None:
         model.move_teacher(0, 10**6)
-        loss = model.loss(views, partial(autocast, bf16))
+        loss = model.loss(views, partial(autocast, bf16, device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

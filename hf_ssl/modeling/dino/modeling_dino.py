@@ -21,7 +21,7 @@ from hf_ssl.modeling.shared.distillation import (
     view_by_view,
 )
 from hf_ssl.modeling.shared.outputs import SSLOutput
-from hf_ssl.modeling.shared.pretraining import SSLModel, split_views, std_of_normalized
+from hf_ssl.modeling.shared.pretraining import SSLModel, join_views, std_of_normalized
 from hf_ssl.modeling.shared.prototypes import PrototypeTargets, mean_of_other_views, view_cross_entropies
 
 from .configuration_dino import DINOConfig
@@ -54,14 +54,13 @@ class DINOForPreTraining(SelfDistillation):
     @torch.no_grad()
     def class_vectors(self, pixel_values: Tensor) -> Tensor:
         """The teacher's bottleneck vectors (B, G, d) of the global views (B, G, C, H, W)."""
-        features_RD = self._features(self.target_branch.backbone, pixel_values)
+        crops = join_views(pixel_values, NUM_GLOBAL_VIEWS)
+        features_RD = self._features(self.target_branch.backbone, crops, NUM_GLOBAL_VIEWS)
         vectors = self._over_views(self.target_branch.head, features_RD, NUM_GLOBAL_VIEWS)
         return vectors.unflatten(0, (NUM_GLOBAL_VIEWS, -1)).transpose(0, 1)
 
-    def _features(self, backbone: nn.Module, views_BVCHW: Tensor) -> Tensor:
-        """Pooled features (V * B, D) of views of one size, blocked by view."""
-        num_views = views_BVCHW.shape[1]
-        crops = views_BVCHW.transpose(0, 1).flatten(0, 1)
+    def _features(self, backbone: nn.Module, crops: Tensor, num_views: int) -> Tensor:
+        """Pooled features (V * B, D) of crops of one size (V * B, C, H, W), blocked by view."""
         return self._over_views(lambda part: backbone(part).pooler_output, crops, num_views)
 
     def _over_views(self, network: Callable[[Tensor], Tensor], rows: Tensor, num_views: int) -> Tensor:
@@ -96,13 +95,16 @@ class DINOForPreTraining(SelfDistillation):
             ln K for a student that cannot tell prototypes apart.
         """
         num_images = len(pixel_values)
-        split_views(pixel_values, NUM_GLOBAL_VIEWS)
         targets = self._targets(pixel_values, row_index)
         # Crops of one size make one pass; another size is another pass.
-        sizes = [views for views in (pixel_values, local_pixel_values) if views is not None]
-        features_RD = torch.cat([self._features(self.student.backbone, views) for views in sizes])
-        num_views = sum(views.shape[1] for views in sizes)
-        vectors_Rd = self._over_views(self.student.head, features_RD, num_views)
+        sizes = [join_views(pixel_values, NUM_GLOBAL_VIEWS)]
+        if local_pixel_values is not None:
+            sizes.append(local_pixel_values.transpose(0, 1).flatten(0, 1))
+        backbone = self.student.backbone
+        features_RD = torch.cat(
+            [self._features(backbone, crops, len(crops) // num_images) for crops in sizes]
+        )
+        vectors_Rd = self._over_views(self.student.head, features_RD, len(features_RD) // num_images)
         cross_entropies_VG = view_cross_entropies(
             vectors_Rd.unflatten(0, (-1, num_images)),
             self.student.head.prototypes.weights(),  # type: ignore[union-attr, operator]
