@@ -171,8 +171,8 @@ def _reading(results: list[Result], on_gpu: bool) -> list[str]:
         f"Each side's own: initial weights of heads and ViT, {views}loss, queue, masks and attention.",
         "- The recipes' settings (about 15 tried for the contrastive methods, 2 for MAE) were compared on "
         "this test split with one seed, their later doubling of the contrastive steps was not; so our rows "
-        "are slightly optimistic; so is DINO's separate BatchNorm, seen on one seed. Those of iBOT and DINOv2 "
-        "were chosen on a part of the train split. lightly's sides took the same settings.",
+        "are slightly optimistic; so is DINO's `separate_batch_norm`, tried on one seed. Those of iBOT "
+        "and DINOv2 were chosen on a part of the train split. lightly's sides took the same settings.",
         f"- Core-minutes and images/s are processor time of the training loop in one process ({clock}"
         "forward, backward, update). Load from elsewhere still slows them through shared caches: trust the "
         "ratio, whose sides ran side by side, more than the figures."
