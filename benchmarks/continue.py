@@ -115,7 +115,7 @@ def scores_of(went_on: Run) -> dict[str, float]:
     """kNN before the first step, the lowest on the way, and of the encoder that is left."""
     scores = [entry["eval_knn"] for entry in went_on.trainer.state.log_history if "eval_knn" in entry]
     return {
-        "start": went_on.trainer.floors["random_init_knn"],
+        "start": went_on.trainer.floors["start_knn"],
         "lowest": min(scores),
         "end": scores[-1],
     }

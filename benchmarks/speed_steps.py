@@ -98,12 +98,14 @@ AIMS = {  # ours in bf16 to the peer in bf16, and to the peer in fp32
 NOTES = {  # where an aim is missed: what was tried
     "MAE ViT-Ti/16": "tried: only hidden patches predicted (1.23 to 1.37), softmax without a float32 copy "
     "(1.39 in one run), query, key and value in one product (no gain)",
-    "DINO ViT-Ti/16, K = 65536": "105 of our MiB are gradients, which lightly has too; "
-    "few logits to save at batch 2. The aim was found without trimming the heap first (0.20)",
+    "DINO ViT-Ti/16, K = 65536": "105 of our MiB are gradients, which lightly has too, nearly all others the "
+    "backbone's: chunks of 1,024 prototypes 0.33, of 512 0.32; gradient_checkpointing meets the aim, see the "
+    "next row. The aim was found without trimming the heap first (0.20)",
 }
 TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
 FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
 MEMORY_AIMS = {"DINO ViT-Ti/16, K = 65536": 0.25}
+RECOMPUTED = "ours fp32, recomputed"  # layers are computed again in backward: gradient_checkpointing
 LIGHTLY = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "dino": DINO}
 OPTIMIZERS = {"simclr": "sgd", "moco": "sgd", "mae": "adamw", "dino": "adamw"}  # those of lightly's examples
 NUM_LOCAL_VIEWS = 8
@@ -134,10 +136,12 @@ def autocast(bf16: bool, device: str = "cpu") -> contextlib.AbstractContextManag
     return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16)
 
 
-def our_step(name: str, bf16: bool) -> Run:
+def our_step(name: str, bf16: bool, recomputed: bool = False) -> Run:
     """The step protocol, as `SSLTrainer` drives it."""
     method = SETTINGS[name]["method"]
     model = METHODS[method].pretraining_class(config_of(name)).train()
+    if recomputed:
+        model.gradient_checkpointing_enable()
     if bf16:
         model.set_attn_implementation("eager")  # as the trainer does on a CPU
     if SETTINGS[name]["backbone_config"] is RESNET:
@@ -239,11 +243,14 @@ def runs_of(name: str) -> dict[str, Callable[[], Run]]:
     sides = {"lightly": lightly_step, "ours": our_step}
     if SETTINGS[name]["method"] == "mae":
         sides["transformers"] = transformers_step
-    return {
+    runs: dict[str, Callable[[], Run]] = {
         f"{side} {'bf16' if bf16 else 'fp32'}": partial(build, name, bf16)
         for side, build in sides.items()
         for bf16 in PRECISIONS
     }
+    if name in MEMORY_AIMS:
+        runs[RECOMPUTED] = partial(our_step, name, False, recomputed=True)
+    return runs
 
 
 def memory_of(name: str, candidate: str) -> float:
@@ -269,10 +276,16 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
         gates.append(gate("ours fp32", "transformers fp32", None))
         if "ours bf16" in timings:
             gates.append(gate("ours bf16", "transformers fp32", TRANSFORMERS_AIM))
-    share = memory["ours fp32"] / memory["lightly fp32"]
-    memory_gate = Gate(f"{name}, memory", "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True)
-    memory_gate.note = note if memory_gate.met is False else ""
-    return [*gates, memory_gate]
+    if RECOMPUTED in timings:
+        gates.append(gate(RECOMPUTED, "lightly fp32", FP32_AIMS.get(name)))
+    for own in ("ours fp32", RECOMPUTED):
+        if own in memory:
+            title = f"{name}, memory" + own.removeprefix("ours fp32")
+            share = memory[own] / memory["lightly fp32"]
+            memory_gate = Gate(title, "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True)
+            memory_gate.note = note if memory_gate.met is False else ""
+            gates.append(memory_gate)
+    return gates
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from hf_ssl.evaluation.linear_probe import LinearProbe, fit_linear_probe, fit_li
 logger = logging.getLogger(__name__)
 
 ENCODER, RANDOM, PIXELS = "encoder", "random init", "pixels"
+START = "start"  # the encoder at step 0 of a run that began from a trained one
 NUM_STATISTICS_IMAGES = 2048  # for BatchNorm statistics of the random network
 KNN_COLUMNS = ("knn", "knn_centered", "knn_standardized")
 
@@ -62,14 +63,16 @@ class Scores:
     def margins(self, pool: str) -> dict[str, float]:
         """How far the encoder is above its highest floor; more than 0.03 at 2,000 test images counts.
 
-        Floors are all pixel rows and the random encoder with the same pool.
+        Floors are all pixel rows and the encoder of step 0 with the same pool.
         """
         own = [row for row in self.rows if row.features == ENCODER and row.pool == pool]
         if not own:
             raise ValueError(
                 f"pool {pool!r} was not scored; scored are {sorted({row.pool for row in self.rows})}"
             )
-        floors = [r for r in self.rows if r.features == PIXELS or (r.features == RANDOM and r.pool == pool)]
+        floors = [
+            r for r in self.rows if r.features == PIXELS or (r.features in (RANDOM, START) and r.pool == pool)
+        ]
         if not floors:
             raise ValueError("there are no floors in these scores; evaluate with floors=True")
         margins = {"knn": own[0].best_knn - max(row.best_knn for row in floors)}

@@ -216,18 +216,13 @@ class SSLTrainingArguments(TrainingArguments):
             )
 
     def _check_lora(self) -> None:
-        """Refuse adapters that would be sharded, or published before they are merged."""
+        """Refuse adapters that would be sharded."""
         if self.lora_rank is None:
             return
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}")
         if self.fsdp or self.deepspeed:
             raise ValueError("lora_rank takes no sharding: leave out fsdp or deepspeed")
-        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
-            raise ValueError(
-                "with lora_rank only the finished run can be published, as its checkpoints hold the adapters "
-                "apart; use hub_strategy=end"
-            )
 
     def _set_learning_rate(self) -> None:
         if self.base_learning_rate is not None:

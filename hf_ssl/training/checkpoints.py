@@ -21,6 +21,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from hf_ssl.hub.folders import MOVED_AWAY, keep_one, whole_folder
 from hf_ssl.training.arguments import SSLTrainingArguments
+from hf_ssl.training.lora import LORA_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -269,6 +270,8 @@ def _stored_shapes(checkpoint: Path) -> dict[str, list[int]]:
     names = [SAFE_WEIGHTS_NAME]
     if index.is_file():
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    if (checkpoint / LORA_FILE).is_file():
+        names.append(LORA_FILE)
     shapes: dict[str, list[int]] = {}
     for name in names:
         try:

@@ -23,7 +23,7 @@ SHARE_OF_RUN = 0.1
 MOST_STEPS = 1000
 DEFAULT_DROP = 0.02  # about what chance moves 2,000 images by
 SCORE = "eval_knn"
-START_FLOOR = "random_init_knn"  # the probe's name of the encoder before step one, random or not
+START_FLOORS = ("start_knn", "random_init_knn")  # the probe's names of the encoder before step one
 
 
 def head_warmup_steps(args: SSLTrainingArguments, model: SSLForPreTraining) -> int:
@@ -94,7 +94,8 @@ class KnnGuard(TrainerCallback):
     ) -> None:
         """Take the score that the run began with: a floor of the probe, or measured now."""
         self.fallen_to = None
-        score = self.trainer.floors.get(START_FLOOR)
+        floors = self.trainer.floors
+        score = next((floors[name] for name in START_FLOORS if name in floors), None)
         if score is None:
             score = on_first_process(args, self._score_of_start)
         self.start_score = score

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ FLAT = 0.95  # share of ln K above which targets are uniform
 FAR_CENTER = 0.5  # mean logit of a typical prototype, a cosine; 0.1 to 0.15 in healthy runs of 64 to 256
 
 Entry = Mapping[str, float]
+KINDS = {"": "images", "patch_": "patches"}  # what targets are of, by the prefix of their figures
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,9 @@ class Rule:
     needs: frozenset[str]
 
 
-def one_prototype(entry: Entry, case: Case) -> str | None:
-    """All images are given the same target."""
-    most, entropy = case.expectations["most_information"], entry["mean_target_entropy"]
+def one_prototype(entry: Entry, case: Case, prefix: str = "") -> str | None:
+    """All images, or with the prefix "patch_" all patches, are given the same target."""
+    most, entropy = case.expectations[f"{prefix}most_information"], entry[f"{prefix}mean_target_entropy"]
     if entropy >= FEW * most:
         return None
     config = case.config
@@ -88,29 +90,38 @@ def one_prototype(entry: Entry, case: Case) -> str | None:
     elif not config.normalize_head:
         advice = "set normalize_head to true"
     else:
-        advice = f"raise teacher_temperature (now {config.teacher_temperature:g})"
+        advice = f"raise {_temperature_of(config, prefix)}"
     return (
         f"the mean target has an entropy of {entropy:.2f} of up to {most:.2f} nats, "
-        f"{entry['prototypes_in_use']:.0f} prototypes are in use: all images get the same target; {advice}"
+        f"{entry[f'{prefix}prototypes_in_use']:.0f} prototypes are in use: all {KINDS[prefix]} get the same "
+        f"target; {advice}"
     )
 
 
-def uniform_targets(entry: Entry, case: Case) -> str | None:
-    """The targets are alike for all images because they prefer nothing."""
-    log_k, entropy = case.expectations["uniform_entropy"], entry["target_entropy"]
-    information, divergence = entry["mean_target_entropy"] - entropy, entry["divergence"]
-    is_silent = information < SILENT * case.expectations["most_information"] and entropy > log_k / 2
+def _temperature_of(config: Any, prefix: str) -> str:
+    own = f"{prefix}teacher_temperature"  # iBOT's patches have one of their own
+    name = own if hasattr(config, own) else "teacher_temperature"
+    return f"{name} (now {getattr(config, name):g})"
+
+
+def uniform_targets(entry: Entry, case: Case, prefix: str = "") -> str | None:
+    """The targets are alike for all images, or patches, because they prefer nothing."""
+    log_k, entropy = case.expectations[f"{prefix}uniform_entropy"], entry[f"{prefix}target_entropy"]
+    information = entry[f"{prefix}mean_target_entropy"] - entropy
+    divergence = entry[f"{prefix}divergence"]
+    most = case.expectations[f"{prefix}most_information"]
+    is_silent = information < SILENT * most and entropy > log_k / 2
     is_flat = entropy > FLAT * log_k and divergence < LEARNED * log_k
     if not (is_silent or is_flat):
         return None
     if not case.config.normalize_head:
         advice = "set normalize_head to true"
     else:
-        advice = f"lower teacher_temperature (now {case.config.teacher_temperature:g})"
+        advice = f"lower {_temperature_of(case.config, prefix)}"
     return (
         f"targets have an entropy of {entropy:.2f} of {log_k:.2f} nats (ln K) and say {information:.2f} nats "
-        f"about the image; the student is {divergence:.3f} nats away from them and has nothing to learn; "
-        f"{advice}"
+        f"about {KINDS[prefix]}; the student is {divergence:.3f} nats away from them and has nothing to "
+        f"learn; {advice}"
     )
 
 
@@ -143,10 +154,16 @@ def runaway_center(entry: Entry, case: Case) -> str | None:
     )
 
 
+ONE_PROTOTYPE = ("mean_target_entropy", "prototypes_in_use")
+UNIFORM_TARGETS = ("target_entropy", "mean_target_entropy", "divergence")
 RULES = {
-    "one prototype": Rule(one_prototype, frozenset({"mean_target_entropy", "prototypes_in_use"})),
-    "uniform targets": Rule(
-        uniform_targets, frozenset({"target_entropy", "mean_target_entropy", "divergence"})
+    "one prototype": Rule(one_prototype, frozenset(ONE_PROTOTYPE)),
+    "uniform targets": Rule(uniform_targets, frozenset(UNIFORM_TARGETS)),
+    "one prototype for patches": Rule(
+        partial(one_prototype, prefix="patch_"), frozenset(f"patch_{name}" for name in ONE_PROTOTYPE)
+    ),
+    "uniform targets of patches": Rule(
+        partial(uniform_targets, prefix="patch_"), frozenset(f"patch_{name}" for name in UNIFORM_TARGETS)
     ),
     "teacher = student": Rule(teacher_is_student, frozenset({"teacher_distance", "learning_rate"})),
     "runaway centre": Rule(runaway_center, frozenset({"center_norm"})),

@@ -1,19 +1,23 @@
 """LoRA: the backbone stands still, low-rank adapters on its attention learn (arXiv 2106.09685).
 
-peft puts the adapters into the modules; this is the only place that knows the names they get. Checkpoints
-hold base weights and adapters, so that a run resumes exactly; what a run leaves has them merged, so that the
-model and its native encoder load as ever.
+peft puts the adapters into the modules; this is the only place that knows the names they get. What a run
+writes has them merged, so that model and native encoder load as ever; a checkpoint also holds base weights
+and adapters in a file of their own, so that the run resumes exactly.
 """
 
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ADAPTER = "default"  # peft's name of the only one
+LORA_FILE = "lora.safetensors"  # what merging would lose, in a checkpoint
 
 
 def add_lora(model: SSLForPreTraining, rank: int) -> None:
@@ -64,3 +68,22 @@ def merged_state(model: SSLForPreTraining) -> dict[str, Tensor]:
             if base.bias is not None:
                 state[f"{prefix}.bias"] = base.bias.detach()
     return state
+
+
+def save_apart(model: SSLForPreTraining, folder: Path) -> None:
+    """Write base weights and adapters of a model to a checkpoint whose weights are merged."""
+    from peft.tuners.lora import LoraLayer
+
+    names = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    prefixes = tuple(f"{name}." for name in names)
+    state = {name: value for name, value in model.state_dict().items() if name.startswith(prefixes)}
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / LORA_FILE)
+
+
+def load_apart(model: SSLForPreTraining, checkpoint: Path) -> None:
+    """Load a checkpoint into a model with adapters; `check_tensors` has found it complete."""
+    state = load_file(checkpoint / SAFE_WEIGHTS_NAME)
+    if (checkpoint / LORA_FILE).is_file():  # of earlier versions, one file held them
+        state |= load_file(checkpoint / LORA_FILE)
+    wanted = model.state_dict().keys()
+    model.load_state_dict({name: value for name, value in state.items() if name in wanted})

@@ -3,6 +3,7 @@
 import copy
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class OnlineProbe:
         linear: also fit a linear probe.
         limit: at most so many images of each.
         dtype: autocast type of the forwards.
+        started_as: what the encoder is before step one: random, or trained before (`START`).
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class OnlineProbe:
         linear: bool = True,
         limit: int = 2000,
         dtype: torch.dtype | None = None,
+        started_as: str = RANDOM,
     ) -> None:
+        self.started_as = started_as
         # Decoded once: a probe must cost a small share of training.
         self.bank: list[ImageBatch] = list(read_batches(bank, processor, limit=limit))
         self.query: list[ImageBatch] = list(read_batches(query, processor, limit=limit))
@@ -67,7 +71,11 @@ class OnlineProbe:
         """Score raw pixels and the encoder as it stands before training; keep both for all later tables."""
         encoder = self._choose_pools(model)
         scores = self._score(encoder, initial_encoder=self._with_statistics(encoder))
-        rows = [row for row in scores.rows if row.features != ENCODER]
+        rows = [
+            replace(row, features=self.started_as) if row.features == RANDOM else row
+            for row in scores.rows
+            if row.features != ENCODER
+        ]
         self.floors = Scores(rows, scores.protocol)
         return self.floors
 
@@ -77,11 +85,11 @@ class OnlineProbe:
         self.floors = Scores([ScoreRow(**row) for row in stored["rows"]], stored["protocol"])
 
     def named_floors(self) -> dict[str, float]:
-        """`pixels_knn`, `random_init_knn` and so on, the best of each kind."""
+        """`pixels_knn`, and `random_init_knn` or `start_knn`, and so on, the best of each kind."""
         rows = self.floors.rows if self.floors else []
         return {
             f"{features.replace(' ', '_')}_{score}": value
-            for features in (PIXELS, RANDOM)
+            for features in (PIXELS, self.started_as)
             for score, value in self._best(rows, features).items()
         }
 

@@ -61,6 +61,9 @@ class ReadableLog(TrainerCallback):
             self._bar.refresh()
 
 
+FLOORS = ("pixels_", "random_init_", "start_")
+
+
 def format_entry(logs: dict[str, Any], step: int, max_steps: int) -> str:
     """One log entry as a line; scores in per cent, each beside its floors.
 
@@ -86,7 +89,7 @@ def format_entry(logs: dict[str, Any], step: int, max_steps: int) -> str:
 
 def format_scores(scores: dict[str, float]) -> str:
     """`knn 61.2 % (pixels 40.1, random init 43.0)`, for every score beside its floors."""
-    floors = {name: value for name, value in scores.items() if name.startswith(("pixels_", "random_init_"))}
+    floors = {name: value for name, value in scores.items() if name.startswith(FLOORS)}
     parts = []
     for name, value in scores.items():
         if name in floors or name in HIDDEN or not isinstance(value, (int, float)):

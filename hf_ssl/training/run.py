@@ -12,7 +12,7 @@ import torch
 from transformers import set_seed
 
 from hf_ssl.data.sources import DataError, ImageSource, open_images
-from hf_ssl.evaluation.protocol import ENCODER, Scores
+from hf_ssl.evaluation.protocol import ENCODER, PIXELS, RANDOM, START, Scores
 from hf_ssl.hub.cards import RECIPE_FILE, chance_margin
 from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.hub.publishing import PublishError
@@ -31,7 +31,7 @@ from hf_ssl.training.pinning import pin_datasets
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.probes import OnlineProbe
 from hf_ssl.training.processes import on_first_process
-from hf_ssl.training.progress import format_scores
+from hf_ssl.training.progress import FLOORS, format_scores
 from hf_ssl.training.publishing import complete_folder
 from hf_ssl.training.pulling import pulled
 from hf_ssl.training.recipes import (
@@ -88,9 +88,10 @@ class Run:
         points = ", ".join(f"{name} {100 * value:+.1f} points" for name, value in margins.items())
         chance = chance_margin(self.scores.protocol["test_images"])
         learned = max(margins.values()) > chance
+        began_as = next(row.features for row in self.scores.rows if row.features not in (ENCODER, PIXELS))
         return (
             f"{'learned' if learned else 'not above its floors'}: {points} against the best of pixels and "
-            f"random init ({100 * chance:.1f} can be chance)"
+            f"{began_as} ({100 * chance:.1f} can be chance)"
         )
 
 
@@ -250,7 +251,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
             config.image_size, **recipe.processor
         )
         model = pulled(recipe.init_from or "", lambda: build_model(recipe, config))
-        probe = build_probe(recipe.data, processor, args)
+        probe = build_probe(recipe.data, processor, args, started_as=START if recipe.init_from else RANDOM)
         trainer = SSLTrainer(
             model=model,
             args=args,
@@ -283,9 +284,16 @@ def open_sources(data: DataArguments) -> list[ImageSource]:
 
 
 def build_probe(
-    data: DataArguments, processor: SSLImageProcessor, args: SSLTrainingArguments
+    data: DataArguments, processor: SSLImageProcessor, args: SSLTrainingArguments, started_as: str = RANDOM
 ) -> OnlineProbe | None:
-    """The online probe of a recipe; None, and said so, where no labels can be found."""
+    """The online probe of a recipe; None, and said so, where no labels can be found.
+
+    Args:
+        data: where labelled images are.
+        processor: of the model.
+        args: of the run.
+        started_as: what the encoder is before step one, see `OnlineProbe`.
+    """
     pair = probe_sources(data)
     if pair is None:
         logger.info("probe     none: the data have no labels; give --probe_dataset to see whether it learns")
@@ -299,6 +307,7 @@ def build_probe(
         linear=data.probe_linear,
         limit=data.probe_limit,
         dtype=torch.bfloat16 if args.bf16 else None,
+        started_as=started_as,
     )
 
 
@@ -342,8 +351,10 @@ def _measure_floors(trainer: SSLTrainer, folder: Path) -> None:
             floors = probe.measure_floors(trainer.model)
             write_whole_file(file, json.dumps(floors.to_dict(), indent=1))
     trainer.floors = on_first_process(trainer.args, probe.named_floors)
-    for name in ("pixels", "random_init"):
+    for name in FLOORS:
         own = {key: value for key, value in trainer.floors.items() if key.startswith(name)}
+        if not own:
+            continue
         logger.info("floor     " + format_scores({key.replace("_", " "): v for key, v in own.items()}))
 
 

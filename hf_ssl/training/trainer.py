@@ -15,6 +15,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from hf_ssl.training.continuing import build_guard, head_warmup_steps
 from hf_ssl.training.divergence import DivergenceGuard, TrainingDiverged
 from hf_ssl.training.doctor import Case, LiveDoctor
 from hf_ssl.training.gradient_caching import backward_through_cache, cut
-from hf_ssl.training.lora import add_lora, merged_state
+from hf_ssl.training.lora import add_lora, load_apart, merged_state, save_apart
 from hf_ssl.training.micro_batches import PreparedOnAccess, model_inputs, normalize_bytes
 from hf_ssl.training.optimizers import build_optimizer, clip_each_gradient
 from hf_ssl.training.processes import on_first_process
@@ -416,10 +417,21 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the model; only checkpoints, from which a run goes on, keep LoRA adapters apart."""
-        if self.args.lora_rank is not None and self._staging is None:
-            state_dict = merged_state(self.model)
-        super()._save(output_dir, state_dict)
+        """Write the model, LoRA adapters merged; a checkpoint has them apart too."""
+        if self.args.lora_rank is None:
+            super()._save(output_dir, state_dict)
+            return
+        super()._save(output_dir, merged_state(self.model))
+        if self._staging is not None and self.args.should_save:
+            save_apart(self.model, Path(str(output_dir)))
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
+        if self.args.lora_rank is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_apart(self.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Write a checkpoint or nothing.

@@ -27,12 +27,18 @@ SHORT: dict[str, Any] = {
     "bf16": False, "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}, "probe_limit": 60,
 }  # fmt: skip
 
+PATCHES: dict[str, Any] = {  # on a ViT, with the same head
+    "model_args": None, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+}  # fmt: skip
+
 
 def entry(step: int, **values: float) -> dict[str, float]:
     """What a healthy run logs at a step, but for `values`."""
     healthy = {
         "loss": 3.5, "learning_rate": 1e-3, "target_entropy": 2.5, "mean_target_entropy": 3.8,
         "divergence": 0.6, "prototypes_in_use": 30.0, "center_norm": 0.8, "teacher_distance": 0.02,
+        "patch_target_entropy": 2.5, "patch_mean_target_entropy": 3.8, "patch_divergence": 0.6,
+        "patch_prototypes_in_use": 30.0,
     }  # fmt: skip
     return {"step": step, **healthy, **values}
 
@@ -43,13 +49,24 @@ def doctor(**fields: Any) -> Doctor:
     class Arguments:
         learning_rate = 1e-3
 
-    expectations = {"uniform_entropy": LOG_K, "most_information": LOG_K}
+    names = ("uniform_entropy", "most_information", "patch_uniform_entropy", "patch_most_information")
+    expectations = dict.fromkeys(names, LOG_K)
     return Doctor(Case(config, Arguments(), expectations))
 
 
 SIGNS = {
     "one prototype": {"mean_target_entropy": 0.1, "target_entropy": 0.1, "prototypes_in_use": 1.0},
     "uniform targets": {"mean_target_entropy": LOG_K, "target_entropy": LOG_K, "divergence": 0.0},
+    "one prototype for patches": {
+        "patch_mean_target_entropy": 0.1,
+        "patch_target_entropy": 0.1,
+        "patch_prototypes_in_use": 1.0,
+    },
+    "uniform targets of patches": {
+        "patch_mean_target_entropy": LOG_K,
+        "patch_target_entropy": LOG_K,
+        "patch_divergence": 0.0,
+    },
     "teacher = student": {"teacher_distance": 0.0},
     "runaway centre": {"center_norm": 7.9},
 }
@@ -105,6 +122,8 @@ def test_expectations_need_no_weights(row):
         ("one prototype", {"normalize_head": True}, "raise teacher_temperature (now 0.04)"),
         ("uniform targets", {}, "set normalize_head to true"),
         ("uniform targets", {"normalize_head": True}, "lower teacher_temperature (now 0.04)"),
+        ("one prototype for patches", {"normalize_head": True}, "raise teacher_temperature (now 0.04)"),
+        ("uniform targets of patches", {}, "set normalize_head to true"),
         ("teacher = student", {"teacher_momentum": 0.0}, "raise teacher_momentum (now 0) to 0.99"),
         ("teacher = student", {}, "raise learning_rate (now 0.001)"),
         ("runaway centre", {"train_prototype_scale": True}, "set train_prototype_scale to false"),
@@ -136,20 +155,40 @@ def test_distance_is_that_of_all_parameters():
 
 
 def short(folder: Path, method: str = "dino", **options: Any) -> Run:
-    return train(method, output_dir=str(folder), **{**SHORT, **options})
+    options = {**SHORT, **options}
+    return train(method, output_dir=str(folder), **{k: v for k, v in options.items() if v is not None})
 
 
 def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = short(tmp_path / "run")
     assert "alarm" not in caplog.text
-    assert diagnose(str(run.folder)) == Diagnosis([], list(RULES))
+    assert diagnose(str(run.folder)) == Diagnosis([], [name for name in RULES if "patches" not in name])
     logged = [found for found in run.trainer.state.log_history if "loss" in found]
     assert all(found["effective_rank"] > 1 and found["teacher_distance"] > 0 for found in logged)
+
+
+def test_a_healthy_run_with_patches_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = short(tmp_path / "run", "ibot", **PATCHES)
+    assert "alarm" not in caplog.text
+    assert diagnose(str(run.folder)) == Diagnosis([], list(RULES))
 
 
 BROKEN: dict[str, dict[str, Any]] = {
     "one prototype": {"center_momentum": 1.0, "normalize_head": False, "koleo_weight": 0.0},
     "uniform targets": {"normalize_head": False, "teacher_temperature": 0.09, "koleo_weight": 0.0},
+    "one prototype for patches": {
+        **PATCHES,
+        "normalize_head": False,
+        "center_momentum": 1.0,
+        "koleo_weight": 0.0,
+    },
+    "uniform targets of patches": {
+        **PATCHES,
+        "normalize_head": False,
+        "teacher_temperature": 0.09,
+        "patch_teacher_temperature": 0.09,
+        "koleo_weight": 0.0,
+    },
     "teacher = student": {"teacher_momentum": 0.0, "teacher_momentum_end": 0.0},
     "runaway centre": {},  # sums up, see below
 }
@@ -165,7 +204,7 @@ def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
 ):
     if name == "runaway centre":
         monkeypatch.setattr(PrototypeCenter, "update", lambda self, mean, momentum: self.value.add_(mean))
-    run = short(tmp_path / "run", **BROKEN[name])
+    run = short(tmp_path / "run", "ibot" if "patches" in name else "dino", **BROKEN[name])
     assert name in [alarm.name for alarm in diagnose(str(run.folder)).alarms]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text for text in warnings if text.startswith(f"alarm     {name} since step ")]

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
+from safetensors.torch import load, load_file
 
 from hf_ssl.hub import PublishError, publish
 from hf_ssl.training.run import train
@@ -78,6 +79,19 @@ def test_the_trainer_publishes_while_it_trains_and_goes_on_when_that_fails(
     assert b"license: apache-2.0" in files["README.md"]
     assert {"pretraining/model.safetensors", "modeling_moco.py", "model.safetensors"} <= set(files)
     assert not [path for path in files if path.endswith((".bin", ".pt", ".pth"))]
+
+
+def test_checkpoints_with_lora_are_published_merged(hub: HubServer, image_folder: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    start = train("mae", output_dir=str(tmp_path / "start"), dataset=str(image_folder), **TINY)
+    options = {**TINY, "push_to_hub": True, "hub_model_id": "tester/lora", "hub_always_push": True}
+    options |= {"init_from": str(start.folder / "encoder"), "lora_rank": 2, "save_steps": 1, "max_steps": 2}
+    train("mae", output_dir=str(tmp_path / "run"), dataset=str(image_folder), **options)
+    halfway = next(c for c in HfApi().list_repo_commits("tester/lora") if c.title.endswith("step 1"))
+    files = hub.files("models", "tester/lora", halfway.commit_id)
+    names = set(load(files["pretraining/model.safetensors"]))
+    assert names == set(load_file(start.folder / "model.safetensors"))
+    assert "model.safetensors" in files and not any("lora" in path for path in files)
 
 
 @pytest.mark.slow

@@ -36,6 +36,8 @@ from hf_ssl.modeling.shared.prototypes import (
     view_cross_entropies,
 )
 
+PATCHES_OF_STATISTICS = 512  # at K = 8,192 all would cost a third of the loss
+
 
 class PatchBranch(Branch):
     """Backbone and head, and what patches have of their own: prototypes, a head, or nothing.
@@ -126,6 +128,17 @@ def mean_over_masked_views(values_M: Tensor, is_masked_BGN: Tensor) -> Tensor:
     count_BG1 = is_masked_BGN.sum(dim=2, keepdim=True).clamp_min(1).to(values_M.dtype)
     weight_M = (1 / count_BG1).expand(is_masked_BGN.shape)[is_masked_BGN]
     return (values_M * weight_M).sum() / (is_masked_BGN.shape[0] * is_masked_BGN.shape[1])
+
+
+def patch_statistics(targets: PrototypeTargets, losses_M: Tensor) -> dict[str, Tensor]:
+    """Statistics of evenly spaced targets of hidden patches; none where no patch is hidden."""
+    if not len(targets):
+        return {}
+    step = max(len(targets) // PATCHES_OF_STATISTICS, 1)
+    index = torch.arange(0, len(targets), step, device=losses_M.device)[:PATCHES_OF_STATISTICS]
+    statistics = targets.rows(index).statistics()
+    statistics["divergence"] = losses_M.detach()[index].mean() - statistics["target_entropy"]
+    return {f"patch_{name}": value for name, value in statistics.items()}
 
 
 class PatchSelfDistillation(SelfDistillation):
@@ -278,7 +291,8 @@ class PatchSelfDistillation(SelfDistillation):
             anchor_pixel_values: (B, 2, C, H', W') global views for `further_terms`; None: `pixel_values`.
 
         Returns:
-            `loss` in nats; `parts` has `class_loss` and `patch_loss`; `is_masked` (B, 2, N).
+            `loss` in nats; `parts` has `class_loss`, `patch_loss` and the statistics of both targets, of
+            patches over some evenly spaced ones; `is_masked` (B, 2, N).
         """
         num_images = len(pixel_values)
         targets, patch_targets, is_masked_BGN = self._targets_and_masks(
@@ -306,6 +320,7 @@ class PatchSelfDistillation(SelfDistillation):
         patch_loss = mean_over_masked_views(losses_M, is_masked_BGN)
         statistics = targets.statistics()
         parts = statistics | {
+            **patch_statistics(patch_targets, losses_M),
             "class_loss": class_loss.detach(),
             "patch_loss": patch_loss.detach(),
             "divergence": class_loss.detach() - statistics["target_entropy"],
@@ -343,6 +358,8 @@ class PatchSelfDistillation(SelfDistillation):
         values, config = super().expectations(num_images), self.config
         share = config.patch_loss_weight * self.masked_share_of_views()
         log_k, spread = math.log(self.patch_center.value.numel()), self.patch_logit_spread()
+        values["patch_uniform_entropy"] = log_k
+        values["patch_most_information"] = min(log_k, math.log(PATCHES_OF_STATISTICS))
         values["loss_at_start"] = config.class_loss_weight * values["loss_at_start"] + share * (
             log_k + spread
         )
