@@ -23,7 +23,10 @@ def train(
     ] = False,
     distill_from: Annotated[
         str | None,
-        typer.Option("--distill_from", help="A trained DINOv2, frozen teacher of a smaller one."),
+        typer.Option("--distill_from", help="Frozen teacher of a smaller DINOv2, or of a tokenizer."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A trained beit_tokenizer, whose tokens beit predicts.")
     ] = None,
 ) -> None:
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
@@ -48,6 +51,7 @@ def train(
         init_from=init_from,
         allow_new_heads=allow_new_heads,
         distill_from=distill_from,
+        tokenizer=tokenizer,
         **keys,
     )
     _leave_processes()

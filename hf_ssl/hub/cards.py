@@ -319,7 +319,7 @@ def public_recipe(recipe: dict[str, Any]) -> str:
         if data.get(key):
             data[key] = _public_paths(data[key])
     content = {**recipe, "data": data, "training": training}
-    for key in ("init_from", "distill_from"):
+    for key in ("init_from", "distill_from", "tokenizer"):
         if content.get(key):
             content[key] = _public_paths(content[key])
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

@@ -2,8 +2,9 @@
 
 `ViTModel` takes every plain ViT with a class token: names in memory are ours, the pooler is the identity, so
 that `pooler_output` is the class token. `IJepaModel` takes ViTs without class token; the DINOv2 classes take
-registers, gated MLPs, and LayerScale beside a mask token. LayerScale, where the native class has none, is
-folded into the Linear before it: lambda * (W x + b) = (lambda W) x + lambda b.
+registers, gated MLPs, and LayerScale beside a mask token; `BeitModel` takes relative positions. LayerScale,
+where the native class has none, is folded into the Linear before it: lambda * (W x + b) = (lambda W) x +
+lambda b.
 """
 
 import re
@@ -35,7 +36,7 @@ def land_vit(backbone: SSLViTBackbone, processor: SSLImageProcessor) -> Landing:
     notes = []
     if native_class == "IJepaModel":
         notes.append("no class token: there is no pooled output, pool=True fails; average last_hidden_state")
-    if backbone.config.use_mask_token and not native_class.startswith("Dinov2"):
+    if backbone.config.use_mask_token and not native_class.startswith(("Dinov2", "Beit")):
         notes.append("the mask token stays in the pre-training checkpoint")
     if backbone.config.interpolate_offset or (
         backbone.config.interpolate_antialias != (native_class == "Dinov2WithRegistersModel")
@@ -58,6 +59,17 @@ def choose_native_class(config: SSLViTConfig) -> str:
         ValueError: there is none.
     """
     plain = not config.num_register_tokens and not config.use_swiglu_ffn
+    if config.use_shared_relative_position_bias or config.position_embedding_type == "none":
+        if plain and config.use_class_token and config.qkv_bias and not config.use_key_bias:
+            return "BeitModel"
+        raise ValueError(
+            "BeitModel, the only native class with relative or no positions, has a class token, no registers "
+            "and no gated MLP, and biases of queries and values but not of keys; set use_key_bias=False"
+        )
+    if not config.use_key_bias:
+        raise ValueError(
+            "only BeitModel has no bias of keys, and it needs relative positions; set use_key_bias"
+        )
     if not config.use_class_token:
         if plain:
             return "IJepaModel"
@@ -83,8 +95,12 @@ def write_vit(
     from transformers import ViTImageProcessor
 
     model = _build_native(backbone.config, native_class)
-    is_dinov2 = native_class.startswith("Dinov2")
-    state = (_dinov2_state if is_dinov2 else _vit_state)(backbone, native_class)
+    if native_class.startswith("Dinov2"):
+        state = _dinov2_state(backbone)
+    elif native_class == "BeitModel":
+        state = _beit_state(backbone)
+    else:
+        state = _vit_state(backbone, native_class)
     model.load_state_dict(state, strict=True)
     model.save_pretrained(folder)
     options = {
@@ -109,6 +125,17 @@ def _build_native(config: SSLViTConfig, native_class: str) -> PreTrainedModel:
             options["num_register_tokens"] = config.num_register_tokens
     else:
         options["intermediate_size"] = config.intermediate_size
+    if native_class == "BeitModel":
+        options |= {
+            "use_mask_token": config.use_mask_token,
+            "use_absolute_position_embeddings": config.position_embedding_type != "none",
+            "use_shared_relative_position_bias": config.use_shared_relative_position_bias,
+            "layer_scale_init_value": config.layer_scale_value or 0.0,  # 0: none there
+            "drop_path_rate": 0.0,
+            "use_mean_pooling": False,  # normed tokens, and the class token as pooled output
+        }
+        del options["qkv_bias"]
+    elif not native_class.startswith("Dinov2"):
         options["encoder_stride"] = config.patch_size
     if native_class == "ViTModel":
         # With an identity weight the pooler returns the class token; left out, AutoModel makes a random one.
@@ -135,8 +162,16 @@ def own_vit_state(state: dict[str, Tensor], has_layer_scale: bool) -> dict[str, 
     own = {}
     for name, tensor in state.items():
         name = re.sub(r"^encoder\.layer\.", "layers.", name)
+        name = re.sub(r"\.lambda_([12])$", r".layer_scale\1.lambda1", name)
         own[name.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")] = tensor
     return own if has_layer_scale else _fold_layer_scale(own)
+
+
+def _beit_state(backbone: SSLViTBackbone) -> dict[str, Tensor]:
+    return {
+        re.sub(r"layer_scale([12])\.lambda1$", r"lambda_\1", name): tensor
+        for name, tensor in backbone.state_dict().items()
+    }
 
 
 def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +188,7 @@ def _fold_layer_scale(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return folded
 
 
-def _dinov2_state(backbone: SSLViTBackbone, native_class: str) -> dict[str, Tensor]:
+def _dinov2_state(backbone: SSLViTBackbone) -> dict[str, Tensor]:
     width = backbone.hidden_size
     state: dict[str, Tensor] = {"embeddings.mask_token": torch.zeros(1, width)}
     if backbone.embeddings.mask_token is not None:

@@ -19,12 +19,12 @@ from hf_ssl.training.recipes import own_values
 
 PLAIN = ("vit", "vit_mae", "vit_msn", "ijepa")  # model types of one network
 DINOV2 = ("dinov2", "dinov2_with_registers")
+BEIT = "beit"  # with one table of relative positions, as it is pre-trained
 TIMM_WRAPPER = "timm_wrapper"
 REFUSED = {  # what only looks like our ViT
     "deit": "has a distillation token",
     "dinov3_vit": "turns its queries and keys by their positions (RoPE), and has no position table",
     "dinov3_convnext": "is no vision transformer",
-    "beit": "adds relative positions to its attention",
     "data2vec-vision": "adds relative positions to its attention",
     "swin": "attends in windows",
     "hiera": "is hierarchical",
@@ -45,12 +45,17 @@ _TIMM_NAMES = (
 )
 
 
-def refuse_foreign(model_type: str) -> None:
+def refuse_foreign(config: Any) -> None:
     """Raise ValueError for a network that our ViT cannot compute."""
-    if model_type in REFUSED:
+    reason = REFUSED.get(config.model_type)
+    if config.model_type == BEIT and config.use_relative_position_bias:
+        reason = "has relative positions of its own in every layer"
+    if config.model_type == BEIT and config.use_mean_pooling:
+        reason = "has no norm after its last layer (use_mean_pooling)"
+    if reason:
         raise ValueError(
-            f"a model of type {model_type} {REFUSED[model_type]}, which our ViT cannot compute; start from a "
-            f"{', '.join((*PLAIN, *DINOV2))} model or one of timm's VisionTransformers"
+            f"a model of type {config.model_type} {reason}, which our ViT cannot compute; start from a "
+            f"{', '.join((*PLAIN, *DINOV2, BEIT))} model or one of timm's VisionTransformers"
         )
 
 
@@ -64,16 +69,17 @@ def backbone_config_of(config: Any, image_size: int | None) -> dict[str, Any] | 
     Raises:
         ValueError: a network that our ViT cannot compute.
     """
-    refuse_foreign(config.model_type)
+    refuse_foreign(config)
     if config.model_type == TIMM_WRAPPER:
         return _of_timm(config, image_size)
     if isinstance(config, SSLConfig):  # of another method of ours
         return {"model_type": config.backbone_config.model_type, **own_values(config.backbone_config)}  # type: ignore[union-attr]
-    if config.model_type not in (*PLAIN, *DINOV2):
+    if config.model_type not in (*PLAIN, *DINOV2, BEIT):
         return None
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "patch_size", "num_channels",
-             "hidden_act", "qkv_bias", "layer_norm_eps")  # fmt: skip
+             "hidden_act", "layer_norm_eps")  # fmt: skip
     backbone = {"model_type": SSLViTConfig.model_type, **{name: getattr(config, name) for name in names}}
+    backbone["qkv_bias"] = getattr(config, "qkv_bias", True)
     backbone["use_class_token"] = config.model_type != "ijepa"
     if config.model_type in DINOV2:
         backbone["intermediate_size"] = int(config.hidden_size * config.mlp_ratio)
@@ -83,6 +89,14 @@ def backbone_config_of(config: Any, image_size: int | None) -> dict[str, Any] | 
         backbone["interpolate_antialias"] = config.model_type == "dinov2_with_registers"
     else:
         backbone["intermediate_size"] = config.intermediate_size
+    if config.model_type == BEIT:
+        backbone |= {
+            "use_key_bias": False,
+            "use_shared_relative_position_bias": config.use_shared_relative_position_bias,
+            "position_embedding_type": "learned" if config.use_absolute_position_embeddings else "none",
+            "layer_scale_value": config.layer_scale_init_value or None,
+            "use_mask_token": config.use_mask_token,
+        }
     return backbone | {"image_size": _side(image_size, config.image_size, config.patch_size)}
 
 
@@ -136,13 +150,13 @@ def _side(wanted: int | None, own: int, patch_size: int) -> int:
     return wanted if wanted and wanted % patch_size == 0 else own
 
 
-def start_vit(backbone: SSLViTBackbone, encoder: nn.Module, model_type: str) -> tuple[str, float]:
+def start_vit(backbone: SSLViTBackbone, encoder: nn.Module, config_there: Any) -> tuple[str, float]:
     """Give our ViT the weights of a published one; learned positions of another grid are resized.
 
     Args:
         backbone: in whose mask token, if it has one the encoder lacks, nothing changes.
         encoder: a model as `AutoModel` gives it.
-        model_type: of its config.
+        config_there: its config.
 
     Returns:
         What was resized, for the log; and the largest difference between the features of the two at the
@@ -151,7 +165,7 @@ def start_vit(backbone: SSLViTBackbone, encoder: nn.Module, model_type: str) -> 
     Raises:
         ValueError: tensors are missing, too many or of other shapes, or the features differ.
     """
-    refuse_foreign(model_type)
+    refuse_foreign(config_there)
     state, side = _own_state(backbone, encoder)
     config = backbone.config
     there = copy.deepcopy(config)
@@ -167,10 +181,13 @@ def start_vit(backbone: SSLViTBackbone, encoder: nn.Module, model_type: str) -> 
             "give the same backbone_config (num_attention_heads, hidden_act, layer_norm_eps)"
         )
     old, new = as_there.config.grid_size, config.grid_size
-    positions = state["embeddings.position_embeddings"]
-    state["embeddings.position_embeddings"] = resize_positions(
-        positions, (old, old), (new, new), config.use_class_token, antialias=config.interpolate_antialias
-    )
+    if (positions := state.get("embeddings.position_embeddings")) is not None:
+        state["embeddings.position_embeddings"] = resize_positions(
+            positions, (old, old), (new, new), config.use_class_token, antialias=config.interpolate_antialias
+        )
+    if as_there.shared_position_bias is not None:
+        name = "shared_position_bias.relative_position_bias_table"
+        state[name] = as_there.shared_position_bias.table_for((new, new))
     backbone.load_state_dict(state, strict=False)
     return (f", positions resized from {old} x {old} to {new} x {new}" if old != new else ""), difference
 

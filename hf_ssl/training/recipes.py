@@ -23,7 +23,7 @@ from hf_ssl.training.values import dump_yaml, fit_types, load_yaml, parse_value
 
 RECIPES_DIR = Path(__file__).parent / "recipes"
 SECTIONS = ("model", "data", "training", "processor")
-TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", "distill_from", *SECTIONS)
+TOP_KEYS = ("name", "method", "init_from", "allow_new_heads", "distill_from", "tokenizer", *SECTIONS)
 PROCESSOR_KEYS = frozenset({"views", "image_mean", "image_std"})
 TOKEN_KEY = "hub_token"  # is used, and never written: files of a run are copied and published
 AUTO_BF16 = "auto"
@@ -100,7 +100,8 @@ class Recipe:
         processor: `views`, `image_mean` or `image_std` of the image processor.
         init_from: what the model started from, a repository at its commit; None: fresh weights.
         allow_new_heads: heads that the starting point lacks, or has in another shape, start fresh.
-        distill_from: the frozen teacher of a DINOv2 that learns from a larger one, as `init_from`.
+        distill_from: a frozen teacher, of a smaller DINOv2 or of a tokenizer, named as `init_from`.
+        tokenizer: what makes the tokens that BEiT predicts, named as `init_from`.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Recipe:
     init_from: str | None = None
     allow_new_heads: bool = False
     distill_from: str | None = None
+    tokenizer: str | None = None
 
     def config(self) -> SSLConfig:
         """The method's config.
@@ -185,6 +187,7 @@ def _build(name: str, content: dict[str, Any]) -> Recipe:
         init_from=content.get("init_from"),
         allow_new_heads=bool(content.get("allow_new_heads")),
         distill_from=content.get("distill_from"),
+        tokenizer=content.get("tokenizer"),
     )
 
 
@@ -297,6 +300,34 @@ def with_distiller_of(recipe: Recipe, config: Any) -> Recipe:
     model = recipe.model | shared | {"distiller_config": there}
     model["backbone_config"] = dict(own_backbone) | {"drop_path_rate": 0.0}
     adopted = replace(recipe, model=_plain(model))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def with_distilled_encoder(recipe: Recipe, backbone: dict[str, Any], statistics: dict[str, Any]) -> Recipe:
+    """The recipe of a tokenizer whose codes must say what an encoder sees.
+
+    Args:
+        recipe: gives everything else; left as it is.
+        backbone: a `backbone_config` of the encoder.
+        statistics: `image_mean` and `image_std` that it wants, where known.
+    """
+    model = recipe.model | {"distiller_config": {"backbone_config": backbone}}
+    adopted = replace(recipe, model=_plain(model), processor=_plain({**recipe.processor, **statistics}))
+    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+
+
+def with_tokenizer_of(recipe: Recipe, config: Any, statistics: dict[str, Any]) -> Recipe:
+    """The recipe of a model that predicts the tokens of a trained tokenizer.
+
+    Args:
+        recipe: gives everything else; left as it is.
+        config: of the tokenizer.
+        statistics: `image_mean` and `image_std` that it wants, where known.
+    """
+    there = _values_with_backbone(config)
+    kept = {name: there[name] for name in ("backbone_config", "num_codes", "code_size")}
+    model = recipe.model | {"tokenizer_config": kept}
+    adopted = replace(recipe, model=_plain(model), processor=_plain({**recipe.processor, **statistics}))
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
 
 

@@ -26,6 +26,7 @@ from hf_ssl.training.checkpoints import (
     resume_hint,
     write_failed,
 )
+from hf_ssl.training.frozen_parts import build_model, with_distiller, with_tokenizer
 from hf_ssl.training.interrupt import Interrupted, StopOnInterrupt
 from hf_ssl.training.pinning import pin_datasets
 from hf_ssl.training.probe_data import probe_sources
@@ -46,7 +47,7 @@ from hf_ssl.training.recipes import (
 )
 from hf_ssl.training.run_folder import new_run_folder
 from hf_ssl.training.run_lock import run_lock
-from hf_ssl.training.starting_points import build_model, with_distiller, with_start
+from hf_ssl.training.starting_points import with_start
 from hf_ssl.training.summary import describe_run
 from hf_ssl.training.trainer import SSLTrainer
 
@@ -104,6 +105,7 @@ def train(
     init_from: str | None = None,
     allow_new_heads: bool = False,
     distill_from: str | None = None,
+    tokenizer: str | None = None,
     **overrides: Any,
 ) -> Run:
     """Pre-train an encoder.
@@ -117,8 +119,9 @@ def train(
         init_from: a pre-training checkpoint or an encoder to start from: a folder, `owner/name` or
             `owner/name@revision` on the Hub, or a model of timm. Where it is of the same method and no recipe
             is given, its model and views replace those of the tiny recipe.
-        distill_from: a trained DINOv2 with its heads, named as `init_from`: a frozen teacher for a smaller
-            student.
+        distill_from: a frozen teacher, named as `init_from`: for `dinov2` a larger one with its heads, for
+            `beit_tokenizer` any encoder.
+        tokenizer: a trained `beit_tokenizer`, named as `init_from`, for `beit`.
         allow_new_heads: start afresh what a checkpoint of the same method lacks, or has in another shape.
         **overrides: any key of the recipe by its plain name.
 
@@ -133,7 +136,7 @@ def train(
     """
     if resume is not None:
         given = {"method": method, "recipe": recipe, "output_dir": output_dir, "init_from": init_from}
-        given["distill_from"] = distill_from
+        given |= {"distill_from": distill_from, "tokenizer": tokenizer}
         for name, value in given.items():
             if value is not None:
                 raise RecipeError(
@@ -145,7 +148,9 @@ def train(
     started = pulled(start or "", lambda: with_start(chosen, start, adopt_model=recipe is None))
     teacher = distill_from or chosen.distill_from
     taught = pulled(teacher or "", lambda: with_distiller(started, teacher))
-    resolved = override(taught, overrides)
+    vocabulary = tokenizer or chosen.tokenizer
+    told = pulled(vocabulary or "", lambda: with_tokenizer(taught, vocabulary))
+    resolved = override(told, overrides)
     resolved.allow_new_heads = allow_new_heads or resolved.allow_new_heads
     args = training_arguments(resolved, output_dir or ".")
     with contextlib.ExitStack() as stack:

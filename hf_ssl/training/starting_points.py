@@ -25,7 +25,7 @@ from hf_ssl.training.published_vits import (
     refuse_foreign,
     start_vit,
 )
-from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_distiller_of, with_model_of
+from hf_ssl.training.recipes import Recipe, RecipeError, with_backbone_of, with_model_of
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +60,19 @@ class StartingPoint:
         if self.location.file("preprocessor_config.json", self.subfolder) is None:
             return None
         return self.location.load(AutoImageProcessor, self.subfolder)
+
+    def statistics(self) -> dict[str, list[float]]:
+        """`image_mean` and `image_std` that images are normalised with there, where known."""
+        is_timm = self.config.model_type == TIMM_WRAPPER
+        processor = None if is_timm else self.processor()
+        statistics = {}
+        for name in ("mean", "std"):
+            there = (
+                self.config.pretrained_cfg.get(name) if is_timm else getattr(processor, f"image_{name}", None)
+            )
+            if there is not None:
+                statistics[f"image_{name}"] = list(there)
+        return statistics
 
 
 def find_starting_point(name: str) -> StartingPoint:
@@ -113,16 +126,9 @@ def with_start(recipe: Recipe, init_from: str | None, adopt_model: bool) -> Reci
 
 def _with_encoder(recipe: Recipe, start: StartingPoint, adopt_model: bool) -> Recipe:
     """The recipe with the normalisation of an encoder, unless it has its own; and maybe with its backbone."""
-    is_timm = start.config.model_type == TIMM_WRAPPER
-    processor = None if is_timm else start.processor()
-    statistics = {}
-    for name in ("mean", "std"):
-        value = (
-            start.config.pretrained_cfg.get(name) if is_timm else getattr(processor, f"image_{name}", None)
-        )
-        if value is not None:
-            statistics[f"image_{name}"] = list(value)
-    backbone = backbone_config_of(start.config, _image_size(processor)) if adopt_model else None
+    statistics = start.statistics()
+    side = None if start.config.model_type == TIMM_WRAPPER else _image_size(start.processor())
+    backbone = backbone_config_of(start.config, side) if adopt_model else None
     if backbone is not None:
         logger.info("backbone  as %s has it, at %d px", start.location, backbone["image_size"])
         return with_backbone_of(recipe, backbone, statistics)
@@ -140,51 +146,12 @@ def _image_size(processor: Any) -> int | None:
     return None
 
 
-def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
-    """The recipe of a student that learns from a frozen teacher, written down to the commit.
-
-    Args:
-        recipe: left as it is.
-        distill_from: a pre-training checkpoint of DINOv2 with its heads; None: no such teacher.
-
-    Raises:
-        RecipeError: there is none, or the method knows no frozen teacher.
-    """
-    if distill_from is None:
-        return recipe
-    able = [name for name, method in METHODS.items() if hasattr(method.config_class, "distiller_config")]
-    if recipe.method not in able:
-        raise RecipeError(f"distill_from is for {', '.join(able)}; {recipe.method} has no frozen teacher")
-    start = find_starting_point(distill_from)
-    if not start.is_of(recipe.method):
-        raise RecipeError(
-            f"cannot distill from '{start.location}': it is a {start.config.model_type} without the heads of "
-            f"{recipe.method}; give a run of {recipe.method}, or a repository with its pretraining/ folder"
-        )
-    logger.info("distilled from %s, which stands still", start.location)
-    return replace(with_distiller_of(recipe, start.config), distill_from=str(start.location))
-
-
-def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
-    """The recipe's model, fresh or started from `init_from`, with the frozen teacher of `distill_from`.
+def started_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
+    """The recipe's model, fresh or started from `init_from`; frozen parts are not yet in it.
 
     Raises:
         RecipeError: there is nothing to start from, or it does not fit.
     """
-    model = _build_model(recipe, config)
-    if recipe.distill_from is not None:
-        start = find_starting_point(recipe.distill_from)
-        try:
-            source = start.location.load(type(model), start.subfolder)
-            model.take_distiller(source)  # type: ignore[operator]
-        except ANY_ERROR as error:
-            raise RecipeError(
-                f"cannot distill from '{recipe.distill_from}': {' '.join(str(error).split())}"
-            ) from error
-    return model
-
-
-def _build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     model_class = METHODS[recipe.method].pretraining_class
     if recipe.init_from is None:
         if recipe.training.get("lora_rank"):
@@ -276,25 +243,32 @@ def _with_another_grid(
 
 def _start_from_encoder(model: SSLForPreTraining, start: StartingPoint) -> SSLForPreTraining:
     """Fresh heads on the encoder of another method, a native model or a timm model."""
-    refuse_foreign(start.config.model_type)
-    encoder = start.location.load(AutoModel, start.subfolder)
     branch: Any = model.published_branch()
-    told = ""
-    if isinstance(branch.backbone.config, SSLViTConfig):
-        resized, difference = start_vit(branch.backbone, encoder, start.config.model_type)
-        told = f"{resized}, features equal to {difference:.0e}"
-    else:
-        _start_cnn(branch.backbone, encoder)
+    told = start_backbone(branch.backbone, start)
     model.sync_branches(model.base_model_prefix)
     model.starts_with_fresh_heads = True
     logger.info(
-        "start     the encoder of %s (%s%s); heads%s start afresh",
+        "start     the encoder of %s (%s); heads%s start afresh",
         start.location,
-        type(encoder).__name__,
         told,
         " and what else training keeps" if model.has_teacher else "",
     )
     return model
+
+
+def start_backbone(backbone: Any, start: StartingPoint) -> str:
+    """Give a backbone the weights of an encoder; returns what was loaded and how well it fits.
+
+    Raises:
+        ValueError: the encoder computes something else.
+    """
+    refuse_foreign(start.config)
+    encoder = start.location.load(AutoModel, start.subfolder)
+    if not isinstance(backbone.config, SSLViTConfig):
+        _start_cnn(backbone, encoder)
+        return type(encoder).__name__
+    resized, difference = start_vit(backbone, encoder, start.config)
+    return f"{type(encoder).__name__}{resized}, features equal to {difference:.0e}"
 
 
 def _start_cnn(backbone: Any, encoder: Any) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForPreTraining
 
 from hf_ssl.hub import PublishError, prepare_repository, publish
+from hf_ssl.training.frozen_parts import build_model
 from hf_ssl.training.recipes import load_recipe
 from hf_ssl.training.run import Run
-from hf_ssl.training.starting_points import build_model
 from tests.clean_process import run_python
 from tests.hub_protocol import READ_TOKEN, TOKEN
 from tests.hub_server import HubServer

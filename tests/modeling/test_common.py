@@ -65,6 +65,13 @@ def assert_same_state(model: torch.nn.Module, other: torch.nn.Module) -> None:
         assert_close(value, expected[name], rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def undecayed(model: SSLForPreTraining, group: dict) -> set[bool]:
+    """For each parameter of a group, whether it is a vector or named as what has no decay."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    group = group["params"]
+    return {value.ndim <= 1 or names[id(value)].endswith(model.undecayed) for value in group}
+
+
 # Construction and gradients
 
 
@@ -103,8 +110,7 @@ def test_every_trainable_parameter_is_in_exactly_one_optimizer_group(row):
     trainable = [id(parameter) for parameter in model.parameters() if parameter.requires_grad]
     assert sorted(grouped) == sorted(trainable)
     for group in groups:
-        vectors = {parameter.ndim <= 1 for parameter in group["params"]}
-        assert vectors == {group["weight_decay"] == 0} == {group["exclude_from_adaptation"]}
+        assert undecayed(model, group) == {group["weight_decay"] == 0} == {group["exclude_from_adaptation"]}
 
 
 @every_row
@@ -116,13 +122,13 @@ def test_rates_by_layer_are_those_of_the_backbone_and_heads_keep_theirs(row):
         return
     rates = {}
     for group in model.parameter_groups(0.1, layer_decay=0.5, patch_embedding_multiplier=0.1):
-        assert {parameter.ndim <= 1 for parameter in group["params"]} == {group["weight_decay"] == 0}
+        assert undecayed(model, group) == {group["weight_decay"] == 0}
         rates |= {id(parameter): group["lr_multiplier"] for parameter in group["params"]}
     trainable = dict(model.trainable_parameters())
     assert rates.keys() == {id(parameter) for parameter in trainable.values()}
     for name, parameter in trainable.items():
         within = name.removeprefix("student.backbone.")
-        power = 0 if within == name or within.startswith("layernorm.") else 3  # two blocks
+        power = 0 if within == name or within.startswith(("layernorm.", "shared_")) else 3  # two blocks
         if within.startswith("layers."):
             power = 2 - int(within.split(".")[1])
         factor = 0.1 if within.startswith("embeddings.patch_embeddings.") else 1
@@ -266,7 +272,9 @@ def test_auto_model_reads_the_published_branch_from_a_run_without_a_warning(row,
 @every_row
 def test_an_encoder_alone_is_refused_because_heads_are_missing_and_names_one(row, tmp_path):
     row.build_encoder().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lacks .*(head|predictor|queue|center).*allow_new_heads=True"):
+    with pytest.raises(
+        ValueError, match=r"lacks .*(head|predictor|queue|center|decoder).*allow_new_heads=True"
+    ):
         AutoModelForPreTraining.from_pretrained(tmp_path)
 
 

@@ -118,6 +118,8 @@ def test_registration_is_idempotent_and_names_are_the_papers():
         "moco": "MoCoConfig",
         "mocov3": "MoCoV3Config",
         "mae": "MAEConfig",
+        "beit_tokenizer": "BEiTTokenizerConfig",
+        "beit": "BEiTConfig",
         "dino": "DINOConfig",
         "ibot": "iBOTConfig",
         "dinov2": "DINOv2Config",

@@ -72,7 +72,7 @@ class TinyMethod:
     @property
     def has_teacher(self) -> bool:
         """Whether the method keeps a momentum copy of the student."""
-        return self.method not in ("simclr", "mae")
+        return self.method not in ("simclr", "mae", "beit", "beit_tokenizer")
 
     @property
     def teacher_has_head(self) -> bool:
@@ -155,6 +155,32 @@ TINY_METHODS = [
         num_views=0,
     ),
     TinyMethod(
+        "beit_tokenizer",
+        "beit_tokenizer",
+        TINY_VIT,
+        {"num_codes": 12, "code_size": 4, "kmeans_start": False, "restart_every": 2},
+        num_views=0,
+    ),
+    TinyMethod(
+        "beit_tokenizer-distilled",
+        "beit_tokenizer",
+        TINY_VIT,
+        {
+            "num_codes": 12,
+            "code_size": 4,
+            "kmeans_start": False,
+            "distiller_config": {"backbone_config": {**TINY_VIT, "hidden_size": 24}},
+        },
+        num_views=0,
+    ),
+    TinyMethod(
+        "beit",
+        "beit",
+        QUIET_VIT,
+        {"tokenizer_config": {"num_codes": 12, "code_size": 4}, "min_block_patches": 2},
+        num_views=0,
+    ),
+    TinyMethod(
         "dino-vit",
         "dino",
         QUIET_VIT,
@@ -232,7 +258,18 @@ BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
 ONE_OF_EACH = [
     BY_NAME[name]
-    for name in ("simclr-vit", "moco-v2", "mocov3-vit", "mae", "dino-vit", "ibot", "dinov2", "ijepa")
+    for name in (
+        "simclr-vit",
+        "moco-v2",
+        "mocov3-vit",
+        "mae",
+        "beit_tokenizer",
+        "beit",
+        "dino-vit",
+        "ibot",
+        "dinov2",
+        "ijepa",
+    )  # fmt: skip
 ]
 
 
@@ -286,5 +323,6 @@ def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
 
 def training_state(model: SSLForPreTraining) -> dict[str, Tensor]:
     """Copies of teacher, queue and centres."""
-    state, kept = model.state_dict(), ("teacher.", "queue.", "center.", "patch_center.", "anchor.")
+    state = model.state_dict()
+    kept = ("teacher.", "queue.", "center.", "patch_center.", "anchor.", "student.head.codebook.")
     return {name: value.clone() for name, value in state.items() if name.startswith(kept)}

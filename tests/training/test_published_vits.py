@@ -12,8 +12,9 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hf_ssl.training.frozen_parts import build_model
 from hf_ssl.training.recipes import Recipe, RecipeError, load_recipe, override
-from hf_ssl.training.starting_points import build_model, with_start
+from hf_ssl.training.starting_points import with_start
 from tests.modeling.tiny import BY_NAME
 
 SIZES: dict[str, Any] = {

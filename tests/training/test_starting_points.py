@@ -15,9 +15,10 @@ from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 from hf_ssl.hub import export_encoder, prepare_repository, publish
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.positions import resize_positions
+from hf_ssl.training.frozen_parts import build_model
 from hf_ssl.training.recipes import Recipe, RecipeError, load_recipe
 from hf_ssl.training.run import train
-from hf_ssl.training.starting_points import build_model, find_starting_point
+from hf_ssl.training.starting_points import find_starting_point
 from tests.hub_server import HubServer
 from tests.modeling.tiny import BY_NAME
 

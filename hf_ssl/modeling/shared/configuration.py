@@ -58,11 +58,14 @@ class SSLViTConfig(PreTrainedConfig):
     hidden_act: str = "gelu"  # exact (erf)
     use_swiglu_ffn: bool = False  # gated MLP of DINOv2's giant model
     qkv_bias: bool = True
+    use_key_bias: bool = True  # BEiT: no; a bias of keys moves all scores of a query alike
     layer_norm_eps: float | int = 1e-6
     use_class_token: bool = True
     num_register_tokens: int = 0  # arXiv 2309.16588
     use_mask_token: bool = False
-    position_embedding_type: str = "learned"  # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE)
+    # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE), "none" (BEiT)
+    position_embedding_type: str = "learned"
+    use_shared_relative_position_bias: bool = False  # one table of all layers, added to their scores (BEiT)
     # How positions are resized to another grid. 0.1 shifts them as published DINO and DINOv2 features have
     # it, and no native class does; antialiasing is what `Dinov2WithRegistersModel` does.
     interpolate_offset: float | int = 0.0
@@ -71,7 +74,8 @@ class SSLViTConfig(PreTrainedConfig):
     drop_path_rate: float | int = 0.0  # of the last block; rises linearly from 0
     drop_path_uniform: bool = False  # the same rate in all blocks (DINOv2)
     # std 0.02; "trunc_normal_linears": the patch projection as torch starts it (DINO, iBOT, DINOv2);
-    # or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE)
+    # or "xavier_uniform" (MoCo v3), "xavier_uniform_joint_qkv" (MAE), "trunc_normal_rescaled" (BEiT: cut at
+    # one std, the branches of layer l divided by the root of 2 l)
     weight_initialization: str = "trunc_normal"
     class_token_std: float | int = 0.02  # MoCo v3, DINOv2: 1e-6
     register_token_std: float | int = 0.02  # DINOv2: 1e-6
@@ -104,17 +108,26 @@ class SSLViTConfig(PreTrainedConfig):
     def validate_choices(self) -> None:
         """Refuse unknown position embeddings and initialisations."""
         choices = {
-            "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first"),
+            "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first", "none"),
             "weight_initialization": (
                 "trunc_normal",
                 "trunc_normal_linears",
                 "xavier_uniform",
                 "xavier_uniform_joint_qkv",
+                "trunc_normal_rescaled",
             ),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
+
+    def validate_relative_positions(self) -> None:
+        """Refuse what a table of relative positions does not know."""
+        if self.use_shared_relative_position_bias and (self.num_register_tokens or not self.use_class_token):
+            raise ValueError(
+                "use_shared_relative_position_bias needs a class token and no registers; set "
+                "use_class_token=True and num_register_tokens=0"
+            )
 
     def describe(self) -> str:
         """The network in a few words."""

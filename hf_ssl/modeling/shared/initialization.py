@@ -46,6 +46,9 @@ def _initialize_linear(layer: nn.Linear | nn.Conv2d, rule: str) -> None:
         init.uniform_(layer.weight, -bound, bound)
     elif rule == "trunc_normal":
         init.trunc_normal_(layer.weight, std=0.02)
+    elif rule == "trunc_normal_rescaled":  # in effect a std of 0.0108
+        std = 0.02 * getattr(layer, "initialization_scale", 1.0)
+        init.trunc_normal_(layer.weight, std=std, a=-std, b=std)
     elif rule == "normal_0.01":
         init.normal_(layer.weight, std=0.01)
     else:

@@ -110,6 +110,15 @@ def _hide_rectangle(
     return 0
 
 
+def fill_up(mask: Tensor, target: int, generator: random.Random) -> Tensor:
+    """Hide random further patches of a mask (rows, columns) until exactly `target` are hidden (BEiT v2)."""
+    filled = mask.flatten().clone()
+    visible = (~filled).nonzero().flatten().tolist()
+    missing = target - (len(filled) - len(visible))
+    filled[generator.sample(visible, max(missing, 0))] = True
+    return filled.view(mask.shape)
+
+
 def random_mask(grid: tuple[int, int], target: float, generator: random.Random) -> Tensor:
     """Hide exactly int(target) patches, (rows, columns) bool."""
     num_patches = grid[0] * grid[1]

@@ -49,9 +49,14 @@ class SSLPreTrainedModel(PreTrainedModel):
         super().post_init()
 
     def _share_attention_implementation(self) -> None:
+        chosen = self.config._attn_implementation
         for module in self.modules():
-            if getattr(getattr(module, "config", None), "model_type", None) == SSLViTConfig.model_type:
-                module.config._attn_implementation = self.config._attn_implementation  # type: ignore[union-attr]
+            config: Any = getattr(module, "config", None)
+            if getattr(config, "model_type", None) != SSLViTConfig.model_type:
+                continue
+            if config.use_shared_relative_position_bias and "flash" in str(chosen):
+                raise ValueError(f"{chosen} adds no relative positions to its scores; use sdpa or eager")
+            config._attn_implementation = chosen
 
     def set_attn_implementation(
         self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any
@@ -108,7 +113,7 @@ class SSLModel(SSLPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [
         r"(^|\.)(patch_)?head\.",
         r"(^|\.)patch_prototypes\.",
-        r"^(student|teacher|queue|predictor|(patch_)?center|anchor|distiller)\b",
+        r"^(student|teacher|queue|predictor|(patch_)?center|anchor|distiller|decoder|tokenizer)\b",
     ]
 
     def __init__(self, config: SSLConfig) -> None:
@@ -157,6 +162,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
 
     student: nn.Module
     teacher: nn.Module  # of methods that have one
+    undecayed: tuple[str, ...] = ()  # ends of names of what has no weight decay beside vectors
     starts_with_fresh_heads = False  # set by who put an encoder under them that was trained before
     _holds_backbone = False
 
@@ -290,7 +296,7 @@ class SSLForPreTraining(SSLPreTrainedModel):
         groups: dict[tuple[bool, float], dict[str, Any]] = {}
         for is_vector in (False, True):
             for name, value in self.trainable_parameters():
-                if (value.ndim <= 1) != is_vector:
+                if (value.ndim <= 1 or name.endswith(self.undecayed)) != is_vector:
                     continue
                 multiplier = multipliers.get(name, 1.0)
                 empty = {

@@ -8,7 +8,9 @@ Shape suffixes in this file: B = images, N = patches, M = visible patches, T = t
 D = width.
 """
 
+import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import without_autocast
-from hf_ssl.modeling.shared.patches import gather_pixel_patches
+from hf_ssl.modeling.shared.patches import gather_pixel_patches, patch_grid
 from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
 
 
@@ -89,12 +91,18 @@ class SSLViTEmbeddings(nn.Module):
         )
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
         num_positions = config.grid_size**2 + int(config.use_class_token)
-        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, width))
+        self.position_embeddings = (
+            nn.Parameter(torch.empty(1, num_positions, width))
+            if config.position_embedding_type != "none"
+            else None
+        )
 
     @property
     def frozen_parameters(self) -> list[nn.Parameter]:
         """Parameters that never train; `freeze_targets` reads this after every load."""
-        frozen = [self.position_embeddings] if self.config.position_embedding_type != "learned" else []
+        frozen = []
+        if self.position_embeddings is not None and self.config.position_embedding_type != "learned":
+            frozen.append(self.position_embeddings)
         if self.config.freeze_patch_embedding:
             frozen += list(self.patch_embeddings.parameters())
         return frozen
@@ -102,12 +110,15 @@ class SSLViTEmbeddings(nn.Module):
     def initialize_parameters(self) -> None:
         """Start the bare parameters; see `shared/initialization.py`."""
         config = self.config
+        start = _cut_normal if config.weight_initialization == "trunc_normal_rescaled" else init.normal_
         if self.cls_token is not None:
-            init.normal_(self.cls_token, std=config.class_token_std)
+            start(self.cls_token, std=config.class_token_std)
         if self.register_tokens is not None:
-            init.normal_(self.register_tokens, std=config.register_token_std)
+            start(self.register_tokens, std=config.register_token_std)
         if self.mask_token is not None:
-            init.normal_(self.mask_token, std=config.mask_token_std)
+            start(self.mask_token, std=config.mask_token_std)
+        if self.position_embeddings is None:
+            return
         if config.position_embedding_type == "learned":
             init.trunc_normal_(self.position_embeddings, std=0.02)
         else:
@@ -129,7 +140,6 @@ class SSLViTEmbeddings(nn.Module):
             pixel_values.shape[-2] // self.config.patch_size,
             pixel_values.shape[-1] // self.config.patch_size,
         )
-        positions = self.positions(grid)
         patches_BND = self.patch_embeddings(pixel_values, kept_index_BM)
         if bool_masked_pos is not None:
             if self.mask_token is None:
@@ -139,20 +149,26 @@ class SSLViTEmbeddings(nn.Module):
             patches_BND = torch.where(
                 bool_masked_pos.unsqueeze(-1), self.mask_token.to(patches_BND.dtype), patches_BND
             )
-        patch_positions = positions[:, int(self.config.use_class_token) :]
-        if kept_index_BM is not None:
-            index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
-            patch_positions = patch_positions.expand(len(index), -1, -1).gather(1, index)
-        tokens = [patches_BND + patch_positions]
+        class_token: Tensor | None = self.cls_token
+        if self.position_embeddings is not None:
+            positions = self.positions(grid)
+            patch_positions = positions[:, int(self.config.use_class_token) :]
+            if kept_index_BM is not None:
+                index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
+                patch_positions = patch_positions.expand(len(index), -1, -1).gather(1, index)
+            patches_BND = patches_BND + patch_positions
+            class_token = None if class_token is None else class_token + positions[:, :1]
+        tokens = [patches_BND]
         if self.register_tokens is not None:
             tokens.insert(0, self.register_tokens.expand(len(patches_BND), -1, -1))
-        if self.cls_token is not None:
-            tokens.insert(0, (self.cls_token + positions[:, :1]).expand(len(patches_BND), -1, -1))
+        if class_token is not None:
+            tokens.insert(0, class_token.to(patches_BND.dtype).expand(len(patches_BND), -1, -1))
         return torch.cat(tokens, dim=1)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, [1 +] N, D) for a patch grid, resized where it is not the training grid."""
         trained = (self.config.grid_size, self.config.grid_size)
+        assert self.position_embeddings is not None
         if grid == trained:
             return self.position_embeddings
         return resize_positions(
@@ -163,6 +179,62 @@ class SSLViTEmbeddings(nn.Module):
             offset=self.config.interpolate_offset,
             antialias=self.config.interpolate_antialias,
         )
+
+
+def _cut_normal(tensor: Tensor, std: float) -> Tensor:
+    return init.trunc_normal_(tensor, std=std, a=-std, b=std)
+
+
+@lru_cache(maxsize=16)
+def relative_position_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the table (2h - 1)(2w - 1) + 3 for every query and key, (T, T) int64, T = 1 + h w.
+
+    Query minus key, rows before columns; the last three rows are class token to patch, patch to class token,
+    class token to itself (BEiT's `modeling_finetune.py`).
+    """
+    rows, columns = grid
+    place_2N = torch.stack(
+        torch.meshgrid(torch.arange(rows, device="cpu"), torch.arange(columns, device="cpu"), indexing="ij")
+    ).flatten(1)
+    row_NN, column_NN = place_2N[:, :, None] - place_2N[:, None, :]
+    num_offsets = (2 * rows - 1) * (2 * columns - 1)
+    index = torch.empty(1 + rows * columns, 1 + rows * columns, dtype=torch.int64, device="cpu")
+    index[1:, 1:] = (row_NN + rows - 1) * (2 * columns - 1) + column_NN + columns - 1
+    index[0] = num_offsets
+    index[:, 0] = num_offsets + 1
+    index[0, 0] = num_offsets + 2
+    return index
+
+
+class SSLViTRelativePositionBias(nn.Module):
+    """A number for every head and every offset between two patches (arXiv 2106.08254, section 2.2)."""
+
+    def __init__(self, config: SSLViTConfig) -> None:
+        super().__init__()
+        self.side = 2 * config.grid_size - 1
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty(self.side**2 + 3, config.num_attention_heads)
+        )
+
+    def initialize_parameters(self) -> None:
+        """Start without any."""
+        init.zeros_(self.relative_position_bias_table)
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """What is added to the scores (1, heads, T, T)."""
+        table = self.table_for(grid)
+        index = relative_position_index(grid).to(table.device)
+        return table[index].permute(2, 0, 1)[None]
+
+    def table_for(self, grid: tuple[int, int]) -> Tensor:
+        """The table for a grid of (rows, columns), resized from that of training as `BeitModel` does."""
+        table: Tensor = self.relative_position_bias_table
+        sides = (2 * grid[0] - 1, 2 * grid[1] - 1)
+        if sides == (self.side, self.side):
+            return table
+        offsets = table[:-3].T.unflatten(1, (self.side, self.side))[None]
+        resized = nn.functional.interpolate(offsets, size=sides, mode="bilinear")
+        return torch.cat([resized[0].flatten(1).T, table[-3:]])
 
 
 class SSLViTAttention(nn.Module):
@@ -177,12 +249,15 @@ class SSLViTAttention(nn.Module):
         self.scaling = self.head_dim**-0.5
         width = config.hidden_size
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias and config.use_key_bias)
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Attended tokens (B, T, D), and the weights (B, heads, T, T) where the implementation has them."""
+    def forward(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Attended tokens (B, T, D), and the weights (B, heads, T, T) where the implementation has them.
+
+        `bias` (1, heads, T, T) is added to the scores.
+        """
         shape = (*tokens_BTD.shape[:2], -1, self.head_dim)
         query = self.q_proj(tokens_BTD).view(shape).transpose(1, 2)
         key = self.k_proj(tokens_BTD).view(shape).transpose(1, 2)
@@ -190,7 +265,8 @@ class SSLViTAttention(nn.Module):
         attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        attended, weights = attention(self, query, key, value, None, dropout=0.0, scaling=self.scaling)
+        bias = None if bias is None else bias.to(query.dtype)
+        attended, weights = attention(self, query, key, value, bias, dropout=0.0, scaling=self.scaling)
         return self.o_proj(attended.reshape(tokens_BTD.shape)), weights
 
 
@@ -283,12 +359,12 @@ class SSLViTLayer(GradientCheckpointingLayer):
         self.layer_scale2 = SSLViTLayerScale(config) if scaled else nn.Identity()
         self.drop_path = SSLViTDropPath(drop_path_rate)
 
-    def forward(self, tokens_BTD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T, D) and the attention weights (of the samples kept), if there are any."""
         weights: list[Tensor | None] = []
 
         def attend(tokens: Tensor) -> Tensor:
-            attended, attention = self.attention(self.layernorm_before(tokens))
+            attended, attention = self.attention(self.layernorm_before(tokens), bias)
             weights.append(attention)
             return self.layer_scale1(attended)
 
@@ -309,11 +385,11 @@ class SSLViTLayers(nn.ModuleList):
             rates = [config.drop_path_rate] * depth
         super().__init__(SSLViTLayer(config, rate) for rate in rates)
 
-    def run(self, tokens_BTD: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    def run(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
         """Tokens after every block, the input first, and the attention weights of every block."""
         states, weights = [tokens_BTD], []
         for layer in self:
-            tokens_BTD, attention = layer(tokens_BTD)
+            tokens_BTD, attention = layer(tokens_BTD, bias)
             states.append(tokens_BTD)
             weights.append(attention)
         return states, weights
@@ -329,10 +405,20 @@ def set_vit_initialization(module: nn.Module, config: SSLViTConfig) -> None:
         for embeddings in module.modules():
             if isinstance(embeddings, SSLViTPatchEmbeddings):
                 set_weight_initialization(embeddings, "torch")
+    for layers in module.modules():
+        if rule == "trunc_normal_rescaled" and isinstance(layers, SSLViTLayers):
+            _rescale_branches(layers)
     for attention in module.modules():
         if joint and isinstance(attention, SSLViTAttention):
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
                 set_weight_initialization(projection, "xavier_uniform_third")
+
+
+def _rescale_branches(layers: SSLViTLayers) -> None:
+    for index, layer in enumerate(layers, 1):
+        for name, linear in layer.named_modules():
+            if name.endswith(("o_proj", "fc2", "down_proj")):
+                linear.initialization_scale = 1 / math.sqrt(2 * index)
 
 
 class SSLViTBackbone(nn.Module):
@@ -343,6 +429,8 @@ class SSLViTBackbone(nn.Module):
         self.config = config
         self.hidden_size = config.hidden_size
         self.embeddings = SSLViTEmbeddings(config)
+        has_bias = config.use_shared_relative_position_bias
+        self.shared_position_bias = SSLViTRelativePositionBias(config) if has_bias else None
         self.layers = SSLViTLayers(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         set_vit_initialization(self, config)
@@ -369,11 +457,17 @@ class SSLViTBackbone(nn.Module):
             the mean of the patch tokens where there is none.
 
         Raises:
-            ValueError: size or channels do not fit; attention weights asked of another implementation.
+            ValueError: size or channels do not fit; attention weights asked of another implementation;
+                patches chosen of a ViT with relative positions, which has them for all.
         """
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('attention weights need model.set_attn_implementation("eager")')
-        states, weights = self.layers.run(self.embeddings(pixel_values, kept_index, bool_masked_pos))
+        bias = None
+        if self.shared_position_bias is not None:
+            if kept_index is not None:
+                raise ValueError("kept_index and use_shared_relative_position_bias exclude each other")
+            bias = self.shared_position_bias(patch_grid(pixel_values, self.config.patch_size))
+        states, weights = self.layers.run(self.embeddings(pixel_values, kept_index, bool_masked_pos), bias)
         tokens_BTD = self.layernorm(states[-1])
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens_BTD,
