@@ -3,9 +3,9 @@
     python benchmarks/tokens.py [--data ../shared/data/cifar10] [--seeds 0] [--steps-scale 1]
 
 MAE is trained first; then tokenizers: one whose codes give pixels back, one that distils MAE's encoder, one
-that is left untrained; then BEiT with each, all by the `*_small` recipes, one thread; runs are kept. Scores are
-those of the mean of each quarter of the patches (grid2) on all images, beside a network that was never
-trained; the curve is the online probe's, on 1,000 images.
+left untrained; then BEiT with each, all by the `*_small` recipes, one thread; runs are kept. Scores are those
+of the mean of each quarter of the patches (grid2) on all images, beside a network that was never trained; the
+curve is the online probe's, on 1,000 images.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def main() -> None:
     pixels = rows[0]
     body = [
         "ViT of width 128, 4 layers, patches of 4 on images of 32 px; small recipes of each method. Pixels: "
-        f"kNN {pixels['pixels_knn']:.1%}, linear {pixels['pixels_linear']:.1%}. Perplexity of the tokens of a "
+        f"kNN {pixels['pixels_knn']:.1%}, linear {pixels['pixels_linear']:.1%}. Perplexity of tokens of a "
         "batch, and share of hidden patches whose token was named, at the end.",
         "",
         *table(header, cells),
