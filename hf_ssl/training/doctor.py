@@ -25,6 +25,11 @@ FEW = 0.25  # share of the largest entropy below which the mean target is all bu
 SILENT = 0.05  # share of the largest information below which targets say nothing of the image
 LEARNED = 0.01  # share of ln K below which the student has no more to learn from the targets
 FLAT = 0.95  # share of ln K above which targets are uniform
+LATE = 0.5  # share of the run after which a loss must be below the best constant guess
+SPREAD_TARGETS = (
+    0.1  # standard deviation of normalised target tokens over images and places; 1 when unrelated
+)
+TOKENS = 0.25  # share of the largest entropy of tokens below which they say little
 FAR_CENTER = 0.5  # mean logit of a typical prototype, a cosine; 0.1 to 0.15 in healthy runs of 64 to 256
 
 Entry = Mapping[str, float]
@@ -154,6 +159,54 @@ def runaway_center(entry: Entry, case: Case) -> str | None:
     )
 
 
+def constant_guess(entry: Entry, case: Case) -> str | None:
+    """What is hidden is predicted no better than by one guess for all of it."""
+    error, guess = entry.get("reconstruction_loss", entry["loss"]), entry["loss_of_mean"]
+    if entry["step"] < LATE * case.args.max_steps or error < guess:
+        return None
+    return (
+        f"the loss of {error:.3f} is not below {guess:.3f}, that of the best constant guess, after half of "
+        f"the run; raise learning_rate (now {case.args.learning_rate:g}), or max_steps if it still falls"
+    )
+
+
+def frequent_tokens(entry: Entry, case: Case) -> str | None:
+    """Tokens are guessed by how frequent they are."""
+    loss, guess = entry["loss"], entry["token_entropy"]
+    if entry["step"] < LATE * case.args.max_steps or loss < guess:
+        return None
+    return (
+        f"the loss of {loss:.2f} nats is not below {guess:.2f}, that of guessing by frequency, after half of "
+        f"the run; raise learning_rate (now {case.args.learning_rate:g}), or max_steps if it still falls"
+    )
+
+
+def few_tokens(entry: Entry, case: Case) -> str | None:
+    """Nearly all patches get the same few tokens."""
+    config = case.config
+    num_codes = config.vocab_size if hasattr(config, "vocab_size") else config.num_codes
+    if entry["token_entropy"] >= TOKENS * math.log(num_codes):
+        return None
+    advice = "train the tokenizer again"
+    if hasattr(config, "codebook_momentum"):
+        advice = f"lower codebook_momentum (now {config.codebook_momentum:g})"
+    return (
+        f"{entry['perplexity']:.1f} of {num_codes} tokens are used, as if evenly: they say next to nothing "
+        f"of the patches; {advice}, and give it restart_every"
+    )
+
+
+def collapsed_targets(entry: Entry, case: Case) -> str | None:
+    """The teacher gives all patches of all images the same tokens."""
+    if entry["target_std"] >= SPREAD_TARGETS:
+        return None
+    return (
+        f"target tokens differ by {entry['target_std']:.3f} over images and places, {SPREAD_TARGETS} is "
+        f"little: the teacher has collapsed; raise teacher_momentum (now {case.config.teacher_momentum:g}) "
+        f"or lower learning_rate (now {case.args.learning_rate:g})"
+    )
+
+
 ONE_PROTOTYPE = ("mean_target_entropy", "prototypes_in_use")
 UNIFORM_TARGETS = ("target_entropy", "mean_target_entropy", "divergence")
 RULES = {
@@ -167,6 +220,10 @@ RULES = {
     ),
     "teacher = student": Rule(teacher_is_student, frozenset({"teacher_distance", "learning_rate"})),
     "runaway centre": Rule(runaway_center, frozenset({"center_norm"})),
+    "constant guess": Rule(constant_guess, frozenset({"loss_of_mean"})),
+    "frequent tokens": Rule(frequent_tokens, frozenset({"token_entropy", "accuracy"})),
+    "few tokens": Rule(few_tokens, frozenset({"token_entropy", "perplexity"})),
+    "collapsed targets": Rule(collapsed_targets, frozenset({"target_std"})),
 }
 
 

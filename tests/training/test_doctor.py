@@ -11,7 +11,9 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.ijepa import modeling_ijepa
 from hf_ssl.modeling.shared.centering import PrototypeCenter
+from hf_ssl.modeling.shared.codebook import Codebook
 from hf_ssl.modeling.shared.teacher import relative_distance
 from hf_ssl.training.doctor import PATIENCE, RULES, Case, Diagnosis, Doctor, diagnose
 from hf_ssl.training.recipes import RecipeError
@@ -20,16 +22,19 @@ from tests.modeling.tiny import BY_NAME
 
 LOG_K = math.log(64)
 STEPS = 130
-# A small DINO on the built-in emoji, a step in hundredths of a second.
+# Small models on the built-in emoji, a step in hundredths of a second.
 SHORT: dict[str, Any] = {
     "max_steps": STEPS, "logging_steps": 10, "save_steps": STEPS, "eval_steps": STEPS,
-    "global_batch_size": 32, "per_device_train_batch_size": 32, "num_prototypes": 64, "head_hidden_size": 64,
-    "bf16": False, "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]}, "probe_limit": 60,
+    "global_batch_size": 32, "per_device_train_batch_size": 32, "bf16": False, "probe_limit": 60,
 }  # fmt: skip
+DINO: dict[str, Any] = {
+    "num_prototypes": 64, "head_hidden_size": 64,
+    "model_args": {"layers": [1, 1, 1, 1], "channels": [8, 16, 32, 64]},
+}  # fmt: skip
+VIT: dict[str, Any] = {"patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-PATCHES: dict[str, Any] = {  # on a ViT, with the same head
-    "model_args": None, "patch_size": 8, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-}  # fmt: skip
+PATCHES = {"num_prototypes": 64, "head_hidden_size": 64, **VIT}
+TOKENS = {**VIT, "num_codes": 64, "code_size": 8}
 
 
 def entry(step: int, **values: float) -> dict[str, float]:
@@ -38,22 +43,27 @@ def entry(step: int, **values: float) -> dict[str, float]:
         "loss": 3.5, "learning_rate": 1e-3, "target_entropy": 2.5, "mean_target_entropy": 3.8,
         "divergence": 0.6, "prototypes_in_use": 30.0, "center_norm": 0.8, "teacher_distance": 0.02,
         "patch_target_entropy": 2.5, "patch_mean_target_entropy": 3.8, "patch_divergence": 0.6,
-        "patch_prototypes_in_use": 30.0,
+        "patch_prototypes_in_use": 30.0, "loss_of_mean": 3.9, "token_entropy": 3.8, "perplexity": 45.0,
+        "accuracy": 0.1, "target_std": 0.8,
     }  # fmt: skip
     return {"step": step, **healthy, **values}
 
 
 def doctor(**fields: Any) -> Doctor:
     config = METHODS["dino"].config_class(num_prototypes=64, **fields)
+    config.num_codes = 64
 
     class Arguments:
         learning_rate = 1e-3
+        max_steps = 100
 
     names = ("uniform_entropy", "most_information", "patch_uniform_entropy", "patch_most_information")
     expectations = dict.fromkeys(names, LOG_K)
     return Doctor(Case(config, Arguments(), expectations))
 
 
+DINO_RULES = ["one prototype", "uniform targets", "teacher = student", "runaway centre"]
+PATCH_RULES = ["one prototype for patches", "uniform targets of patches"]
 SIGNS = {
     "one prototype": {"mean_target_entropy": 0.1, "target_entropy": 0.1, "prototypes_in_use": 1.0},
     "uniform targets": {"mean_target_entropy": LOG_K, "target_entropy": LOG_K, "divergence": 0.0},
@@ -69,6 +79,10 @@ SIGNS = {
     },
     "teacher = student": {"teacher_distance": 0.0},
     "runaway centre": {"center_norm": 7.9},
+    "constant guess": {"loss_of_mean": 3.4},
+    "frequent tokens": {"token_entropy": 3.4},
+    "few tokens": {"token_entropy": 0.5, "perplexity": 1.6, "loss": 0.4},
+    "collapsed targets": {"target_std": 0.01},
 }
 
 
@@ -155,14 +169,19 @@ def test_distance_is_that_of_all_parameters():
 
 
 def short(folder: Path, method: str = "dino", **options: Any) -> Run:
-    options = {**SHORT, **options}
-    return train(method, output_dir=str(folder), **{k: v for k, v in options.items() if v is not None})
+    return train(method, output_dir=str(folder), **{**SHORT, **(DINO if method == "dino" else {}), **options})
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tokenizer that has learned a little."""
+    return str(short(tmp_path_factory.mktemp("tokenizer") / "run", "beit_tokenizer", **TOKENS).folder)
 
 
 def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = short(tmp_path / "run")
     assert "alarm" not in caplog.text
-    assert diagnose(str(run.folder)) == Diagnosis([], [name for name in RULES if "patches" not in name])
+    assert diagnose(str(run.folder)) == Diagnosis([], DINO_RULES)
     logged = [found for found in run.trainer.state.log_history if "loss" in found]
     assert all(found["effective_rank"] > 1 and found["teacher_distance"] > 0 for found in logged)
 
@@ -170,7 +189,23 @@ def test_a_healthy_run_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_a_healthy_run_with_patches_is_silent(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     run = short(tmp_path / "run", "ibot", **PATCHES)
     assert "alarm" not in caplog.text
-    assert diagnose(str(run.folder)) == Diagnosis([], list(RULES))
+    assert diagnose(str(run.folder)) == Diagnosis(
+        [], sorted([*DINO_RULES, *PATCH_RULES], key=list(RULES).index)
+    )
+
+
+def test_healthy_runs_of_masked_methods_are_silent(
+    tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    runs = [Path(tokenizer)]
+    runs.append(short(tmp_path / "mae", "mae", **VIT, learning_rate=3e-3).folder)
+    runs.append(short(tmp_path / "beit", "beit", **VIT, tokenizer=tokenizer, learning_rate=3e-3).folder)
+    assert "alarm" not in caplog.text
+    looked_for = [diagnose(str(run)) for run in runs]
+    assert not any(diagnosis.alarms for diagnosis in looked_for)
+    assert [diagnosis.judged for diagnosis in looked_for] == [
+        ["constant guess", "few tokens"], ["constant guess"], ["frequent tokens", "few tokens"]
+    ]  # fmt: skip
 
 
 BROKEN: dict[str, dict[str, Any]] = {
@@ -191,7 +226,20 @@ BROKEN: dict[str, dict[str, Any]] = {
     },
     "teacher = student": {"teacher_momentum": 0.0, "teacher_momentum_end": 0.0},
     "runaway centre": {},  # sums up, see below
+    "constant guess": {**VIT, "learning_rate": 1e-9, "max_steps": 220},
+    "frequent tokens": {**VIT, "learning_rate": 1e-9, "max_steps": 220},
+    "few tokens": TOKENS,  # one for all, see below
+    "collapsed targets": VIT,  # a teacher that shrinks, see below
 }
+METHOD_OF = {
+    "one prototype for patches": "ibot", "uniform targets of patches": "ibot", "constant guess": "mae",
+    "frequent tokens": "beit", "few tokens": "beit_tokenizer", "collapsed targets": "ijepa",
+}  # fmt: skip
+
+
+def shrink(teacher: torch.nn.Module, student: torch.nn.Module, momentum: float) -> None:
+    for parameter in teacher.parameters():
+        parameter.mul_(0.5)
 
 
 def test_every_rule_has_a_broken_run():
@@ -200,11 +248,23 @@ def test_every_rule_has_a_broken_run():
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
-    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    tokenizer: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     if name == "runaway centre":
         monkeypatch.setattr(PrototypeCenter, "update", lambda self, mean, momentum: self.value.add_(mean))
-    run = short(tmp_path / "run", "ibot" if "patches" in name else "dino", **BROKEN[name])
+    if name == "few tokens":
+        monkeypatch.setattr(
+            Codebook, "nearest", lambda self, vectors: torch.zeros(len(vectors), dtype=torch.long)
+        )
+    if name == "collapsed targets":
+        monkeypatch.setattr(modeling_ijepa, "update_teacher", shrink)
+    method = METHOD_OF.get(name, "dino")
+    options = {"tokenizer": tokenizer} if method == "beit" else {}
+    run = short(tmp_path / "run", method, **BROKEN[name], **options)
     assert name in [alarm.name for alarm in diagnose(str(run.folder)).alarms]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert [text for text in warnings if text.startswith(f"alarm     {name} since step ")]

@@ -135,7 +135,8 @@ class MAEForPreTraining(SSLForPreTraining):
             bool_masked_pos: (B, N) bool chooses masks instead, True = hidden; equal counts per image.
 
         Returns:
-            `loss`: squared error of hidden patches, about 1 for a constant guess; `is_masked` (B, N);
+            `loss`: squared error of hidden patches; `parts`: `loss_of_mean`, of the best constant guess,
+            which the loss must beat, about 1 for normalised patches; `is_masked` (B, N);
             `predictions` (B, N, P) in units of the (normalised) targets, None while training.
 
         Raises:
@@ -152,12 +153,14 @@ class MAEForPreTraining(SSLForPreTraining):
             targets = patchify(pixel_values, self.config.encoder_config.patch_size, wanted_index_BM)
             if self.config.normalize_targets:
                 targets = normalize_patches(targets)
+            mean = targets.mean(dim=(0, 1), keepdim=True)
         if wanted_index_BM is None:
             loss = masked_patch_loss(predictions, targets, is_masked_BN)
         else:
             loss = patch_loss(predictions, targets)
         return SSLOutput(
             loss=loss,
+            parts={"loss_of_mean": patch_loss(mean.expand_as(targets), targets)},
             features=tokens.detach().mean(dim=1),
             predictions=predictions.detach() if wanted_index_BM is None else None,
             is_masked=is_masked_BN,

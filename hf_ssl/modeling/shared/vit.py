@@ -186,6 +186,7 @@ def _cut_normal(tensor: Tensor, std: float) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may be asked for again to train
 def relative_position_index(grid: tuple[int, int]) -> Tensor:
     """Row of the table (2h - 1)(2w - 1) + 3 for every query and key, (T, T) int64, T = 1 + h w.
 
