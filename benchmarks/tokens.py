@@ -11,6 +11,7 @@ curve is the online probe's, on 1,000 images.
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -95,6 +96,7 @@ def trained(folder: Path, recipe: str, seed: int, options: argparse.Namespace, *
     if (folder / "scores.json").is_file():
         return folder
     print(f"{time.strftime('%H:%M:%S')} {folder.name}, seed {seed}", flush=True)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     steps = max(round(load_recipe(recipe).training["max_steps"] * options.steps_scale), 4)
     train(
         recipe=recipe, output_dir=str(folder), dataset=str(options.data), split="train", max_steps=steps,

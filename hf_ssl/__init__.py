@@ -19,6 +19,13 @@ _HOMES = {
     "hf_ssl.modeling.moco": ("MoCoConfig", "MoCoForPreTraining", "MoCoImageProcessor", "MoCoModel"),
     "hf_ssl.modeling.mocov3": ("MoCoV3Config", "MoCoV3ForPreTraining", "MoCoV3ImageProcessor", "MoCoV3Model"),
     "hf_ssl.modeling.mae": ("MAEConfig", "MAEForPreTraining", "MAEImageProcessor", "MAEModel"),
+    "hf_ssl.modeling.beit": ("BEiTConfig", "BEiTForPreTraining", "BEiTImageProcessor", "BEiTModel"),
+    "hf_ssl.modeling.beit_tokenizer": (
+        "BEiTTokenizerConfig",
+        "BEiTTokenizerForPreTraining",
+        "BEiTTokenizerImageProcessor",
+        "BEiTTokenizerModel",
+    ),
     "hf_ssl.modeling.dino": ("DINOConfig", "DINOForPreTraining", "DINOImageProcessor", "DINOModel"),
     "hf_ssl.modeling.ibot": ("iBOTConfig", "iBOTForPreTraining", "iBOTImageProcessor", "iBOTModel"),
     "hf_ssl.modeling.dinov2": ("DINOv2Config", "DINOv2ForPreTraining", "DINOv2ImageProcessor", "DINOv2Model"),
