@@ -1,4 +1,4 @@
-"""What a masked autoencoder saw and what it made of it (the figures of He et al. 2022).
+"""What a masked autoencoder or a tokenizer made of images (the figures of He et al. 2022).
 
 Shape suffixes: B = images, C = channels, H, W = pixels, N = patches, P = values of a patch.
 """
@@ -28,6 +28,8 @@ def draw_reconstructions(
 ) -> Image.Image:
     """Draws image, masked image, reconstruction (visible patches are the true ones) and whole prediction.
 
+    Where all patches are hidden, as from the decoder of a tokenizer, only image and prediction are drawn.
+
     Args:
         pixel_values: (B, 3, H, W), normalised as the model receives them.
         is_masked: (B, N) bool, True = hidden.
@@ -40,7 +42,7 @@ def draw_reconstructions(
         title: above the sheet.
 
     Returns:
-        One row of four pictures per image.
+        One row of four pictures per image, or of two.
 
     Raises:
         ValueError: patches and image do not fit together.
@@ -73,4 +75,6 @@ def draw_reconstructions(
     ]
     rows = [[Tile(fit(picture[b])) for picture in pictures] for b in range(len(target_BCHW))]
     headings = ["image", f"{is_masked.float().mean().item():.0%} hidden", "reconstruction", "all predicted"]
+    if bool(is_masked.all()):
+        rows, headings = [[row[0], row[-1]] for row in rows], ["image", "all predicted"]
     return draw_grid(rows, title=title, headings=headings)

@@ -128,8 +128,12 @@ def test_the_encoder_distilled_stands_still_in_eval_mode():
     model = DISTILLED.build()
     assert not model.distiller.training and model.training
     assert not any(parameter.requires_grad for parameter in model.distiller.parameters())
-    assert model(DISTILLED.images(4)).predictions is None
-    assert model.eval()(DISTILLED.images(4)).predictions.shape == (4, 16, 24)
+    assert model.eval()(DISTILLED.images(4)).predictions is None
+
+
+def test_predictions_are_pixels_of_all_patches():
+    outputs = PIXELS.build().eval()(PIXELS.images(4))
+    assert outputs.predictions.shape == (4, 16, 48) and bool(outputs.is_masked.all())
 
 
 def test_tokens_are_those_of_the_loss():

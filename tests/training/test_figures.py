@@ -32,6 +32,19 @@ def test_a_contrastive_cnn_without_labels_has_no_reconstructions(image_folder: P
     assert all(path.parent == run.folder / "figures" and path.stat().st_size > 1000 for path in paths)
 
 
+@pytest.mark.parametrize("distils", [False, True])
+def test_tokenizers_show_pixels_where_codes_give_pixels(image_folder: Path, tmp_path: Path, distils: bool):
+    options = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
+    options |= {"num_codes": 16, "code_size": 4}
+    if distils:
+        mae = train("mae", output_dir=str(tmp_path / "mae"), dataset=str(image_folder), **TINY)
+        options["distill_from"] = str(mae.folder)
+    run = train("beit_tokenizer", output_dir=str(tmp_path / "run"), dataset=str(image_folder), **options)
+    names = {path.stem for path in draw_run(str(run.folder))}
+    expected = {"patch_features", "attention", "views", "neighbors", "curves"}
+    assert names == (expected if distils else expected | {"reconstructions"})
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="is no run"):
         draw_run(str(tmp_path))

@@ -45,6 +45,11 @@ class BEiTTokenizerConfig(SSLConfig):
         """The `backbone_config`, which `require_vit` has found to be our ViT's."""
         return self.backbone_config  # type: ignore[return-value]
 
+    @property
+    def normalize_targets(self) -> bool:
+        """Pixels are those of patches of mean 0 and variance 1."""
+        return True
+
     def distiller(self) -> PreTrainedConfig | None:
         """Config of the frozen encoder's backbone."""
         if self.distiller_config is None:

@@ -4,7 +4,8 @@ Source: Peng et al. 2022 (arXiv 2208.06366), section 3.1; compared with the auth
 `norm_ema_quantizer.py`. Deliberate differences: the decoder has fixed positions and no class token; the
 codebook moves once per optimizer step by the hits of all processes; the k-means start is shared; unused codes
 start again; without an encoder to distil, codes must give normalised pixels back.
-Shape suffixes: B = images, N = patches, D = encoder width, d = width of a code, E = width of the target.
+Shape suffixes: B = images, N = patches, D = encoder width, d = width of a code, E = width of the target,
+P = pixel values of a patch.
 """
 
 from typing import Any
@@ -159,7 +160,9 @@ class BEiTTokenizerForPreTraining(SSLForPreTraining):
         Returns:
             `loss`: 1 - cosine with the encoder distilled, or the squared error of normalised pixels, and the
             commitment. `parts`: both, `loss_of_mean` (of the best constant guess, which the first must beat),
-            `token_entropy`, `perplexity`, `code_usage`. `predictions` (B, N, E), None while training.
+            `token_entropy`, `perplexity`, `code_usage`. `predictions` (B, N, P) of pixels, in units of the
+            normalised targets, None while training and where an encoder is distilled; `is_masked` (B, N), all
+            of them: the decoder sees codes alone.
         """
         grid = patch_grid(pixel_values, self.config.encoder_config.patch_size)
         vectors_BNd = self.student.vectors(pixel_values)
@@ -183,7 +186,8 @@ class BEiTTokenizerForPreTraining(SSLForPreTraining):
             loss=reconstruction + self.config.commitment_weight * commitment,
             parts=parts,
             features=vectors_BNd.detach().mean(dim=1),
-            predictions=None if self.training else predictions.detach(),
+            predictions=None if self.training or self.distiller is not None else predictions.detach(),
+            is_masked=torch.ones(vectors_BNd.shape[:2], dtype=torch.bool, device=vectors_BNd.device),
             updates=updates,
         )
 
