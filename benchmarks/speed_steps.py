@@ -30,9 +30,10 @@ from lightly.models import utils
 from quality_lightly_distillation import DINO
 from quality_lightly_methods import MAE, Method, MoCo, SimCLR
 from torch import Tensor
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
+from transformers import BeitConfig, BeitForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_ssl.modeling import METHODS
+from hf_ssl.modeling.beit import BEiTConfig
 from hf_ssl.modeling.shared.precision import has_fast_bf16
 from hf_ssl.training.optimizers import build_optimizer
 
@@ -75,6 +76,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 4,
     },
+    "BEiT ViT-Ti/16, V = 8192": {  # tokens given to both
+        "method": "beit",
+        "batch": 16,
+        "backbone_config": {**BEiTConfig.default_backbone, **TINY_VIT},
+        "tokenizer_config": {"num_codes": 8192},
+    },
     "DINO ViT-Ti/16, K = 4096": {
         "method": "dino",
         "batch": 2,
@@ -107,7 +114,9 @@ FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
 MEMORY_AIMS = {"DINO ViT-Ti/16, K = 65536": 0.25}
 RECOMPUTED = "ours fp32, recomputed"  # layers are computed again in backward: gradient_checkpointing
 LIGHTLY = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "dino": DINO}
-OPTIMIZERS = {"simclr": "sgd", "moco": "sgd", "mae": "adamw", "dino": "adamw"}  # those of lightly's examples
+OPTIMIZERS = {  # those of lightly's examples
+    "simclr": "sgd", "moco": "sgd", "mae": "adamw", "beit": "adamw", "dino": "adamw",
+}  # fmt: skip
 NUM_LOCAL_VIEWS = 8
 # With bf16 or without; where it is emulated a step takes minutes, and nobody would use it.
 PRECISIONS = (False, True) if has_fast_bf16("cpu") else (False,)
@@ -128,7 +137,18 @@ def views_of(name: str) -> tuple[Tensor, Tensor | None]:
     views = torch.randn(2, batch, 3, size, size).transpose(0, 1)
     if method == "dino":
         return views, torch.randn(NUM_LOCAL_VIEWS, batch, 3, 96, 96).transpose(0, 1)
-    return (views[:, 0].contiguous(), None) if method == "mae" else (views, None)
+    return (views[:, 0].contiguous(), None) if method in ("mae", "beit") else (views, None)
+
+
+def tokens_of(name: str) -> dict[str, Tensor]:
+    """Tokens (B, N) and masks of exactly as many patches in every image."""
+    config = config_of(name)
+    batch, num_patches = SETTINGS[name]["batch"], config.encoder_config.grid_size**2
+    order = torch.rand(batch, num_patches).argsort(dim=1)
+    return {
+        "bool_masked_pos": order < config.num_hidden_patches,
+        "tokens": torch.randint(config.vocab_size, (batch, num_patches)),
+    }
 
 
 def autocast(bf16: bool, device: str = "cpu") -> contextlib.AbstractContextManager[Any]:
@@ -150,6 +170,8 @@ def our_step(name: str, bf16: bool, recomputed: bool = False) -> Run:
     batch = {"pixel_values": views}
     if local_views is not None:
         batch["local_pixel_values"] = local_views
+    if method == "beit":
+        batch |= tokens_of(name)
     return protocol_step(model, OPTIMIZERS[method], batch, bf16)
 
 
@@ -209,10 +231,51 @@ def lightly_loop(
 
 
 def transformers_step(name: str, bf16: bool) -> Run:
-    """MAE of transformers, with the fused AdamW of its Trainer."""
+    """MAE or BEiT of transformers, with the fused AdamW of its Trainer."""
+    inputs = {"pixel_values": views_of(name)[0]}
+    if SETTINGS[name]["method"] == "mae":
+        model: Any = transformers_mae(name)
+    else:
+        model = transformers_beit(name)
+        given = tokens_of(name)
+        masks = given["bool_masked_pos"]
+        inputs |= {"bool_masked_pos": masks, "labels": given["tokens"][masks]}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+
+    def run() -> None:
+        with autocast(bf16):
+            loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def transformers_beit(name: str) -> BeitForMaskedImageModeling:
+    """Theirs with our sizes."""
     config = config_of(name)
     vit = config.encoder_config
-    model = ViTMAEForPreTraining(
+    return BeitForMaskedImageModeling(
+        BeitConfig(
+            vocab_size=config.vocab_size,
+            hidden_size=vit.hidden_size,
+            num_hidden_layers=vit.num_hidden_layers,
+            num_attention_heads=vit.num_attention_heads,
+            intermediate_size=vit.intermediate_size,
+            use_mask_token=True,
+            use_shared_relative_position_bias=True,
+            layer_scale_init_value=vit.layer_scale_value,
+            drop_path_rate=vit.drop_path_rate,
+        )
+    ).train()
+
+
+def transformers_mae(name: str) -> ViTMAEForPreTraining:
+    """Theirs with our sizes."""
+    config = config_of(name)
+    vit = config.encoder_config
+    return ViTMAEForPreTraining(
         ViTMAEConfig(
             hidden_size=vit.hidden_size,
             num_hidden_layers=vit.num_hidden_layers,
@@ -225,23 +288,14 @@ def transformers_step(name: str, bf16: bool) -> Run:
             norm_pix_loss=config.normalize_targets,
         )
     ).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
-    images, _ = views_of(name)
-
-    def run() -> None:
-        with autocast(bf16):
-            loss = model(images).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return run
 
 
 def runs_of(name: str) -> dict[str, Callable[[], Run]]:
     """What makes each candidate of a setting."""
-    sides = {"lightly": lightly_step, "ours": our_step}
-    if SETTINGS[name]["method"] == "mae":
+    method = SETTINGS[name]["method"]
+    sides = {"lightly": lightly_step} if method in LIGHTLY else {}
+    sides |= {"ours": our_step}
+    if method in ("mae", "beit"):
         sides["transformers"] = transformers_step
     runs: dict[str, Callable[[], Run]] = {
         f"{side} {'bf16' if bf16 else 'fp32'}": partial(build, name, bf16)
@@ -251,6 +305,11 @@ def runs_of(name: str) -> dict[str, Callable[[], Run]]:
     if name in MEMORY_AIMS:
         runs[RECOMPUTED] = partial(our_step, name, False, recomputed=True)
     return runs
+
+
+def peer_of(name: str) -> str:
+    """Who is compared with: lightly, or transformers where lightly has no such method."""
+    return "lightly" if SETTINGS[name]["method"] in LIGHTLY else "transformers"
 
 
 def memory_of(name: str, candidate: str) -> float:
@@ -269,20 +328,21 @@ def gates_of(name: str, timings: dict[str, Timing], memory: dict[str, float]) ->
         return speedup_gate(f"{name}, {own}", timings, peer, aim, own=own, note=note)
 
     same, other = AIMS.get(name, (None, None))
-    gates = [gate("ours fp32", "lightly fp32", FP32_AIMS.get(name))]
+    peer = peer_of(name)
+    gates = [gate("ours fp32", f"{peer} fp32", FP32_AIMS.get(name))]
     if "ours bf16" in timings:
-        gates += [gate("ours bf16", "lightly bf16", same), gate("ours bf16", "lightly fp32", other)]
-    if "transformers fp32" in timings:
+        gates += [gate("ours bf16", f"{peer} bf16", same), gate("ours bf16", f"{peer} fp32", other)]
+    if "transformers fp32" in timings and peer != "transformers":
         gates.append(gate("ours fp32", "transformers fp32", None))
         if "ours bf16" in timings:
             gates.append(gate("ours bf16", "transformers fp32", TRANSFORMERS_AIM))
     if RECOMPUTED in timings:
-        gates.append(gate(RECOMPUTED, "lightly fp32", FP32_AIMS.get(name)))
+        gates.append(gate(RECOMPUTED, f"{peer} fp32", FP32_AIMS.get(name)))
     for own in ("ours fp32", RECOMPUTED):
         if own in memory:
             title = f"{name}, memory" + own.removeprefix("ours fp32")
-            share = memory[own] / memory["lightly fp32"]
-            memory_gate = Gate(title, "lightly fp32", share, MEMORY_AIMS.get(name), at_most=True)
+            share = memory[own] / memory[f"{peer} fp32"]
+            memory_gate = Gate(title, f"{peer} fp32", share, MEMORY_AIMS.get(name), at_most=True)
             memory_gate.note = note if memory_gate.met is False else ""
             gates.append(memory_gate)
     return gates
@@ -306,7 +366,7 @@ def main() -> None:
         torch.manual_seed(0)
         timings = interleave(
             {candidate: build() for candidate, build in runs_of(name).items()},
-            reference="lightly fp32",
+            reference=f"{peer_of(name)} fp32",
             rounds=options.rounds,
         )
         memory = {c: in_fresh_process("speed_steps.py", "--memory", name, c) for c in runs_of(name)}

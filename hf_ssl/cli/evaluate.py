@@ -1,8 +1,8 @@
-"""`hf-ssl evaluate`: kNN, linear probe and fine-tuning of an encoder, beside what it must beat."""
+"""`hf-ssl evaluate`: kNN, linear and attentive probes, fine-tuning, beside what an encoder must beat."""
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -28,6 +28,9 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="At most so many images of each split.")] = None,
     fine_tune: Annotated[
         float | None, typer.Option("--fine_tune", help="Also fine-tune for so many epochs.")
+    ] = None,
+    attentive: Annotated[
+        int | None, typer.Option(help="Also fit an attentive probe on the patches, for so many epochs.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
@@ -73,11 +76,26 @@ def evaluate(
     )
     typer.echo(scores.table())
     result = scores.to_dict()
+    if attentive is not None:
+        result["attentive_top1"] = _attentive(encoder, processor, pair, attentive, limit)
     if fine_tune is not None:
         result["fine_tune_top1"] = _fine_tune(model, pair, fine_tune, limit)
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1), encoding="utf-8")
         typer.echo(f"scores    {output}")
+
+
+def _attentive(
+    encoder: Any, processor: Any, pair: tuple[Any, Any], epochs: int, limit: int | None
+) -> dict[str, float]:
+    """Accuracies by kind of features."""
+    from hf_ssl.evaluation.attentive import evaluate_attentive
+
+    scores = evaluate_attentive(encoder, processor, *pair, epochs=epochs, train_limit=limit, test_limit=limit)
+    found = {score.features: score.top1 for score in scores}
+    shown = ", ".join(f"{name} {100 * value:.1f} %" for name, value in found.items())
+    typer.echo(f"attentive probe, {epochs} epochs: {shown}")
+    return found
 
 
 def _fine_tune(model: str, pair: tuple[object, object], epochs: float, limit: int | None) -> float:

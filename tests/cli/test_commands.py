@@ -75,8 +75,10 @@ def test_evaluate_scores_a_run_on_its_own_probe_and_its_encoder_on_named_data(
 def test_options_of_evaluate_hold_for_the_runs_own_probe(cli: Cli, tiny_run: TinyRun, tmp_path: Path):
     output = tmp_path / "scores.json"
     done = cli("evaluate", str(tiny_run.folder), "--limit", "60", "--probe", "none",
-               "--num_neighbors", "3", "--output", str(output))  # fmt: skip
+               "--num_neighbors", "3", "--attentive", "1", "--output", str(output))  # fmt: skip
     assert done.code == 0, done.err
+    attentive = json.loads(output.read_text())["attentive_top1"]
+    assert set(attentive) == {"random init", "encoder"} and "attentive probe, 1 epochs" in done.out
     protocol = json.loads(output.read_text())["protocol"]
     assert (protocol["num_neighbors"], protocol["probe"]) == (3, "none")
     refused = cli("evaluate", str(tiny_run.folder), "--label_column", "category")
