@@ -16,7 +16,7 @@ def embed(
         str | None, typer.Option("--config_name", help="Configuration of a Hub dataset.")
     ] = None,
     image_column: Annotated[str | None, typer.Option("--image_column")] = None,
-    pool: Annotated[str, typer.Option(help="pooler, class_token, mean or grid2.")] = "mean",
+    pool: Annotated[str, typer.Option(help="pooler, class_token, mean, grid2 or last4.")] = "mean",
     batch_size: Annotated[int, typer.Option("--batch_size")] = 256,
     limit: Annotated[int | None, typer.Option(help="At most so many images.")] = None,
     bf16: Annotated[

@@ -19,7 +19,8 @@ def evaluate(
     image_column: Annotated[str | None, typer.Option("--image_column")] = None,
     label_column: Annotated[str | None, typer.Option("--label_column")] = None,
     pool: Annotated[
-        list[str] | None, typer.Option(help="pooler, class_token, mean or grid2; can be given several times.")
+        list[str] | None,
+        typer.Option(help="pooler, class_token, mean, grid2 or last4; may be given again."),
     ] = None,
     probe: Annotated[str | None, typer.Option(help="lbfgs, sgd or none; else as the run.")] = None,
     num_neighbors: Annotated[

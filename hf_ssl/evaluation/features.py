@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from hf_ssl.evaluation.images import ImageBatch
 
-Pool = Literal["pooler", "class_token", "mean", "grid2"]
+Pool = Literal["pooler", "class_token", "mean", "grid2", "last4"]
 POOLS: tuple[str, ...] = get_args(Pool)
+NUM_LAST = 4  # layers of "last4"
 
 
 @dataclass
@@ -47,12 +48,14 @@ def pool_tokens(
         outputs: has `last_hidden_state`, (B, T, D) tokens or a (B, D, H, W) map, and perhaps `pooler_output`.
         pool: "pooler" the model's own; "class_token" the first token; "mean" the mean of all patches;
             "grid2" the mean in each quarter of the grid, concatenated (top left, top right, bottom left,
-            bottom right; where a side is odd the middle row or column counts in both halves).
+            bottom right; where a side is odd the middle row or column counts in both halves); "last4" the
+            mean of all patches after each of the last four layers, concatenated, before any final norm
+            (arXiv 2301.08243, appendix A.1).
         num_prefix_tokens: tokens before the patches; not used for maps.
         grid: rows and columns of the patches, needed by "grid2" of tokens only.
 
     Returns:
-        (B, D), for "grid2" (B, 4 D).
+        (B, D), for "grid2" and "last4" (B, 4 D).
 
     Raises:
         ValueError: `pool` is unknown or this encoder has no such thing.
@@ -62,14 +65,27 @@ def pool_tokens(
         if getattr(outputs, "pooler_output", None) is None:
             raise ValueError('pool "pooler": this encoder has no pooled output; use "mean"')
         return outputs.pooler_output.flatten(1)  # some native CNNs return (B, D, 1, 1)
+    if pool == "last4":
+        return _pool_last(outputs.hidden_states, num_prefix_tokens)
     hidden = outputs.last_hidden_state
     if pool == "class_token":
         if hidden.ndim != 3 or num_prefix_tokens == 0:
             raise ValueError('pool "class_token": this encoder has no class token; use "mean"')
         return hidden[:, 0]
     if pool == "mean":
-        return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, num_prefix_tokens:].mean(dim=1)
+        return _mean_of_patches(hidden, num_prefix_tokens)
     return _pool_quarters(as_map(hidden, num_prefix_tokens, grid))
+
+
+def _mean_of_patches(hidden: Tensor, num_prefix_tokens: int) -> Tensor:
+    return hidden.mean(dim=(2, 3)) if hidden.ndim == 4 else hidden[:, num_prefix_tokens:].mean(dim=1)
+
+
+def _pool_last(states: Any, num_prefix_tokens: int) -> Tensor:
+    num_layers = len(states or ()) - 1  # the first is their input
+    if num_layers < NUM_LAST:
+        raise ValueError(f'pool "last4": this encoder has {max(num_layers, 0)} layers; use "mean"')
+    return torch.cat([_mean_of_patches(state, num_prefix_tokens) for state in states[-NUM_LAST:]], dim=1)
 
 
 def _check_pool(pool: str) -> None:
@@ -201,7 +217,7 @@ class FeatureExtractor:
         inputs = place_inputs(pixel_values, self.encoder)
         autocast = torch.autocast(inputs.device.type, dtype=self.dtype, enabled=self.dtype is not None)
         with evaluating(self.encoder), autocast, fast_attention(self.encoder, inputs.device, self.dtype):
-            outputs = _forward(self.encoder, inputs)
+            outputs = _forward(self.encoder, inputs, output_hidden_states="last4" in self.pools)
         layout = (
             token_layout(self.encoder, outputs, pixel_values) if set(self.pools) != {"pooler"} else (0, None)
         )
@@ -211,16 +227,19 @@ class FeatureExtractor:
 
 
 class _Float32:
-    """The two outputs that are pooled, in float32."""
+    """The outputs that are pooled, in float32."""
 
     def __init__(self, outputs: Any) -> None:
         pooled = getattr(outputs, "pooler_output", None)
         self.pooler_output = None if pooled is None else pooled.float()
         self.last_hidden_state = outputs.last_hidden_state.float()
+        states = getattr(outputs, "hidden_states", None)
+        self.hidden_states = None if states is None else [state.float() for state in states]
 
 
-def _forward(encoder: nn.Module, pixel_values: Tensor) -> Any:
-    outputs = encoder(pixel_values=pixel_values)
+def _forward(encoder: nn.Module, pixel_values: Tensor, output_hidden_states: bool = False) -> Any:
+    options = {"output_hidden_states": True} if output_hidden_states else {}
+    outputs = encoder(pixel_values=pixel_values, **options)
     if getattr(outputs, "last_hidden_state", None) is None:
         raise ValueError(
             f"{type(encoder).__name__} returns no last_hidden_state; evaluate the encoder alone, "

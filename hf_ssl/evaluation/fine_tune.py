@@ -3,6 +3,7 @@
 The folder is a native one (`RUN/encoder` or a Hub repository): nothing of ours is needed to load it.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision.transforms import RandomResizedCrop
 
@@ -21,6 +22,7 @@ from hf_ssl.evaluation.metrics import top_k_accuracy
 
 CROP_SCALE = (0.3, 1.0)  # share of the area; milder than for ImageNet, as images here are small
 CROP_RATIO = (3 / 4, 4 / 3)
+_LAYER = re.compile(r"\blayers?\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ def fine_tune(
     epochs: float = 10,
     learning_rate: float = 1e-3,
     weight_decay: float = 0.05,
+    layer_decay: float = 1.0,
     batch_size: int = 128,
     warmup_share: float = 0.1,
     augment: bool = True,
@@ -63,6 +66,8 @@ def fine_tune(
         epochs: passes over the training images.
         learning_rate: peak of AdamW, cosine after a linear warm-up.
         weight_decay: of AdamW.
+        layer_decay: factor on the rate per layer below the classifier, as for MAE and BEiT (0.65 to 0.75);
+            1: none.
         batch_size: images a step and device.
         warmup_share: part of the steps in which the rate rises.
         augment: random resized crop and flip of the training images.
@@ -72,9 +77,11 @@ def fine_tune(
         **training_arguments: anything else of `transformers.TrainingArguments`.
 
     Raises:
-        ValueError: no images, labels missing, or one class only.
+        ValueError: no images, labels missing, one class only, or rates by layer of an encoder that has no
+            layers to tell apart.
     """
     from transformers import (
+        AutoConfig,
         AutoImageProcessor,
         AutoModelForImageClassification,
         Trainer,
@@ -89,9 +96,10 @@ def fine_tune(
     num_classes = max(count_classes(train_source, train.labels), count_classes(test_source, test.labels))
     names = _label_names(train_source, num_classes)
     set_seed(seed)
-    classifier = AutoModelForImageClassification.from_pretrained(
-        model, num_labels=num_classes, id2label=names, label2id={v: k for k, v in names.items()}
-    )
+    options: dict[str, Any] = {"id2label": names, "label2id": {v: k for k, v in names.items()}}
+    if AutoConfig.from_pretrained(model).model_type == "beit":
+        options["use_mean_pooling"] = True  # its class token is not trained for anything
+    classifier = AutoModelForImageClassification.from_pretrained(model, num_labels=num_classes, **options)
     steps = -(-len(train) // batch_size) * epochs
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -107,18 +115,54 @@ def fine_tune(
         "report_to": "none",
         "seed": seed,
     }
+    optimizer = None
+    if layer_decay != 1:
+        groups = layer_groups(classifier, layer_decay, learning_rate, weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=learning_rate)
     trainer = Trainer(
         model=classifier,
         args=TrainingArguments(**{**settings, **training_arguments}),
         train_dataset=train,
         eval_dataset=test,
         compute_metrics=accuracy_metrics,
+        optimizers=(optimizer, None),
     )
     trainer.train()
     metrics = trainer.evaluate()
     trainer.save_model()
     processor.save_pretrained(output_dir)
     return FineTuneResult(metrics["eval_top1"], metrics["eval_top5"], str(output_dir))
+
+
+def layer_groups(
+    classifier: nn.Module, layer_decay: float, learning_rate: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """Parameter groups of a native ViT: one factor for each layer between a parameter and the classifier.
+
+    Embeddings have all of them, the final norm, relative positions and the classifier none (the authors'
+    `lr_decay.py` of MAE). Vectors are not decayed.
+
+    Raises:
+        ValueError: the network has no numbered layers.
+    """
+    numbers = {name: _LAYER.search(name) for name, _ in classifier.named_parameters()}
+    depth = 1 + max((int(found[1]) for found in numbers.values() if found), default=-1)
+    if not depth:
+        raise ValueError(f"layer_decay {layer_decay} needs a ViT; leave it at 1")
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in classifier.named_parameters():
+        found = numbers[name]
+        above = depth - int(found[1]) if found else 0
+        if ".embeddings." in f".{name}":
+            above = depth + 1
+        decays = parameter.ndim > 1
+        group = {
+            "params": [],
+            "lr": learning_rate * layer_decay**above,
+            "weight_decay": weight_decay if decays else 0.0,
+        }
+        groups.setdefault((above, decays), group)["params"].append(parameter)
+    return list(groups.values())
 
 
 def accuracy_metrics(prediction: Any) -> dict[str, float]:

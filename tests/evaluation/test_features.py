@@ -9,6 +9,7 @@ from transformers import TimmWrapperConfig, TimmWrapperModel
 
 from hf_ssl.evaluation.features import default_pools, evaluating, extract_features, pool_tokens
 from tests.evaluation.tiny import tiny_vit
+from tests.modeling.tiny import BY_NAME
 
 
 class SmallCNN(nn.Module):
@@ -65,7 +66,7 @@ def test_pools_of_a_map_equal_pools_of_the_same_tokens():
 @pytest.mark.parametrize(
     ("pool", "num_prefix_tokens", "grid", "message"),
     [
-        ("maximum", 0, None, "unknown; use one of pooler, class_token, mean, grid2"),
+        ("maximum", 0, None, "unknown; use one of pooler, class_token, mean, grid2, last4"),
         ("pooler", 0, None, "no pooled output"),
         ("class_token", 0, None, "no class token"),
         ("grid2", 0, (3, 5), "do not fill the grid"),
@@ -86,6 +87,23 @@ def test_native_vit_gives_the_pools_of_its_tokens(vit):
     assert_close(features["mean"], hidden[:, 1:].mean(dim=1))
     assert features["grid2"].shape == (5, 64)
     assert_close(features["grid2"].unflatten(1, (4, 16)).mean(dim=1), features["mean"])
+
+
+def test_the_last_four_layers_are_those_before_the_final_norm():
+    row = BY_NAME["mae"]
+    encoder = row.build_encoder(backbone_config={"num_hidden_layers": 5})
+    images = torch.randn(3, 3, 16, 16)
+    features = extract_features(encoder, [images], ("last4", "mean"))
+    with torch.no_grad():
+        states = encoder(images, output_hidden_states=True).hidden_states
+    expected = torch.cat([state[:, 1:].mean(dim=1) for state in states[2:]], dim=1)
+    assert_close(features["last4"], expected)
+    assert features["last4"].shape == (3, 64) and features["mean"].shape == (3, 16)
+
+
+def test_an_encoder_of_fewer_layers_has_no_last_four(vit):
+    with pytest.raises(ValueError, match='pool "last4": this encoder has 1 layers'):
+        extract_features(vit, [torch.randn(2, 3, 16, 16)], ("last4",))
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "vit_tiny_patch16_224"])

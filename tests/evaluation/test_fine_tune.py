@@ -4,8 +4,10 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageClassification, ViTImageProcessor, ViTModel
 
-from hf_ssl.evaluation.fine_tune import LabelledImages, accuracy_metrics, fine_tune
+from hf_ssl.evaluation.fine_tune import LabelledImages, accuracy_metrics, fine_tune, layer_groups
+from hf_ssl.hub import export_encoder
 from tests.evaluation.tiny import tiny_vit
+from tests.modeling.tiny import BY_NAME
 
 
 def colored(num_rows, seed=0):
@@ -52,6 +54,40 @@ def test_fine_tuning_starts_from_the_encoders_weights(folder):
     classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=2)
     for name, value in encoder.state_dict().items():
         assert torch.equal(value, classifier.vit.state_dict()[name]), name
+
+
+def test_rates_fall_by_layer_from_the_classifier_to_the_embeddings(folder):
+    classifier = AutoModelForImageClassification.from_pretrained(folder, num_labels=2)
+    depth, names = classifier.config.num_hidden_layers, {id(p): n for n, p in classifier.named_parameters()}
+    rates = {}
+    for group in layer_groups(classifier, 0.5, 1.0, 0.1):
+        for parameter in group["params"]:
+            rates[names[id(parameter)]] = group["lr"]
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0)
+    assert rates.keys() == set(names.values())
+    assert rates["classifier.weight"] == rates["vit.layernorm.weight"] == 1
+    assert rates["vit.embeddings.cls_token"] == 0.5 ** (depth + 1)
+    for layer in range(depth):
+        (rate,) = {value for name, value in rates.items() if f".layers.{layer}." in name}
+        assert rate == 0.5 ** (depth - layer)
+
+
+def test_fine_tuning_with_rates_by_layer_learns_too(folder, tmp_path):
+    result = fine_tune(
+        folder, colored(64), colored(32, seed=1), tmp_path / "tuned", epochs=6, batch_size=16,
+        learning_rate=2e-2, layer_decay=0.75, use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    assert result.top1 > 0.9
+
+
+def test_a_beit_is_fine_tuned_on_the_mean_of_its_patches(tmp_path):
+    row = BY_NAME["beit"]
+    export_encoder(row.build(), tmp_path / "encoder")
+    result = fine_tune(
+        tmp_path / "encoder", colored(8), colored(4), tmp_path / "tuned", epochs=1, use_cpu=True
+    )
+    model = AutoModelForImageClassification.from_pretrained(result.folder)
+    assert model.config.use_mean_pooling and model.beit.pooler.layernorm is not None
 
 
 def test_metrics_of_a_trainer_are_shares_of_right_answers():
