@@ -15,6 +15,7 @@ BREAKS = {
     "moco-v2-splits": "the shuffle of ShuffleBN is drawn from a generator of its own",
     "dino-vit": "statistics of the targets go through prototypes in chunks",
     "dino-cnn": "statistics of the targets go through prototypes in chunks",
+    "beit": "masks are drawn in Python, and as many patches are hidden as they say",
     "ibot": "as many hidden patches as the masks have",
     "ibot-unshared": "as many hidden patches as the masks have",
     "dinov2": "as many hidden patches as the masks have",

@@ -91,6 +91,7 @@ class BEiTForPreTraining(SSLForPreTraining):
         """Masks of a step depend on (seed, step) and the row alone."""
         self._step = (seed, step)
 
+    @torch.compiler.disable  # numbers of Python's generator, which cannot be traced
     def draw_masks(self, row_index: Tensor, grid: tuple[int, int], seed: tuple[int, int]) -> Tensor:
         """Masks (B, N) bool, True = hidden.
 

@@ -149,7 +149,8 @@ def cosine_kmeans(
 @torch.no_grad()
 def usage_of(index: Tensor, num_codes: int) -> dict[str, Tensor]:
     """How many codes the indices (any shape) use as if evenly, `perplexity`, and its logarithm in nats."""
-    share_K = torch.bincount(index.flatten(), minlength=num_codes).float() / index.numel()
+    ones = torch.ones(index.numel(), device=index.device)
+    share_K = ones.new_zeros(num_codes).index_add_(0, index.flatten(), ones) / index.numel()
     entropy = torch.special.entr(share_K).sum()
     return {"token_entropy": entropy, "perplexity": entropy.exp()}
 
