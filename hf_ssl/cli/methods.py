@@ -13,8 +13,14 @@ def methods(
     from hf_ssl.training.recipes import check_method, known_keys, load_recipe, recipe_names
 
     if name is None:
+        name_width, family_width = (
+            max(len(getattr(method, column)) for method in METHODS.values()) for column in ("name", "family")
+        )
         for method in METHODS.values():
-            typer.echo(f"{method.name:8} {method.family:12} arXiv {method.paper}  {method.summary}")
+            typer.echo(
+                f"{method.name:{name_width}}  {method.family:{family_width}}  arXiv {method.paper}  "
+                f"{method.summary}"
+            )
         typer.echo("\nrecipes: " + ", ".join(recipe_names()))
         return
     check_method(name)

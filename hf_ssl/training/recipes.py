@@ -340,7 +340,7 @@ def _values_with_backbone(config: Any) -> dict[str, Any]:
 
 def own_values(config: Any) -> dict[str, Any]:
     """Values of the fields that our classes declare."""
-    names = _own_fields(type(config)) & _field_names(type(config))
+    names = _own_fields(type(config))
     return {name: getattr(config, name) for name in sorted(names)}
 
 
@@ -427,7 +427,8 @@ def _field_names(dataclass_type: type) -> set[str]:
 def _own_fields(config_class: type) -> set[str]:
     """Fields declared by our classes, not the ones every transformers config has."""
     ours = [base for base in config_class.__mro__ if base.__module__.startswith("hf_ssl.")]
-    return {name for base in ours for name in base.__dict__.get("__annotations__", {})}
+    declared = {name for base in ours for name in base.__dict__.get("__annotations__", {})}
+    return declared & _field_names(config_class)  # no constants of the class
 
 
 def _default_backbone(method: str) -> dict[str, Any]:

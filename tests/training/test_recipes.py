@@ -53,6 +53,7 @@ def test_a_saved_recipe_means_the_same(name: str, tmp_path: Path):
         ("mae", 2.4e-3, False),
         ("dino", 2e-3, False),
         ("ijepa", 1e-3, False),
+        ("beit_tokenizer", 2e-4, False),
     ],
 )
 def test_published_recipes_have_the_published_rate_and_groups(
@@ -62,6 +63,15 @@ def test_published_recipes_have_the_published_rate_and_groups(
     args = training_arguments(load_recipe(name), str(tmp_path))
     assert args.learning_rate == pytest.approx(rate)
     assert (args.decay_norms_and_biases, args.max_grad_norm) == (decays_norms, 0)
+
+
+def test_beit_is_trained_as_published(tmp_path: Path):
+    args = training_arguments(load_recipe("beit"), str(tmp_path))
+    assert (args.learning_rate, args.learning_rate_end, args.adam_beta2) == (1.5e-3, 1e-5, 0.98)
+    assert (args.max_grad_norm, args.clip_mode, args.weight_decay) == (3.0, "global", 0.05)
+    config = load_recipe("beit").config()
+    assert (config.num_hidden_patches, config.vocab_size) == (75, 8192)
+    assert config.encoder_config.drop_path_rate == 0
 
 
 @pytest.mark.parametrize(
@@ -162,6 +172,7 @@ def test_a_new_value_wins_over_its_rival(first: str, second: str):
     [
         ("temperatur", 1, "unknown key 'temperatur'; did you mean 'temperature'"),
         ("hiden_size", 1, "unknown key 'hiden_size'"),
+        ("default_backbone", {}, "unknown key 'default_backbone'"),
         ("optim", "sgd", "'optim' has no effect here; use optimizer"),
         ("max_steps", "many", "max_steps must be a whole number, got 'many'"),
         ("probe_limit", "x", "probe_limit must be a whole number, got 'x'"),
