@@ -23,6 +23,7 @@ from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
 from hf_ssl.pictures.reconstructions import draw_reconstructions
+from hf_ssl.pictures.tokens import draw_tokens
 from hf_ssl.pictures.views import draw_views
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import RecipeError, load_recipe
@@ -116,6 +117,24 @@ class _Figures:
             normalized_patches=getattr(self.model.config, "normalize_targets", False),
         )
 
+    def tokens(self) -> Image.Image | None:
+        """Visual tokens, and those named for hidden patches; for methods that predict them."""
+        if not hasattr(self.model, "name_tokens"):
+            return None
+        side = int(self.model.config.image_size)
+        squares = [np.asarray(ImageOps.fit(Image.fromarray(image), (side, side))) for image in self.images]
+        pixel_values = self.pixel_values(squares, do_resize=False, do_center_crop=False)
+        grid = (self.model.config.encoder_config.grid_size,) * 2
+        is_masked = self.model.draw_masks(torch.arange(len(squares)), grid, (0, 0))
+        return draw_tokens(
+            squares,
+            self.model.tokens(pixel_values),
+            self.model.name_tokens(pixel_values, is_masked),
+            is_masked,
+            self.model.tokenizer.head.codebook.vectors,
+            grid,
+        )
+
     def patch_features(self) -> Image.Image | None:
         """Main directions of patch tokens as colours; for ViTs."""
         if self.vit_config is None:
@@ -196,7 +215,7 @@ def draw_run(
         run: folder of a run.
         output_dir: where pictures go; by default `figures` in the run.
         images: other images than those it was trained on, whatever `open_images` takes; then only pictures
-            that show single images are drawn: reconstructions, patch features and attention.
+            that show single images are drawn: reconstructions, tokens, patch features and attention.
         size: side in pixels at which patch features and attention are computed; by default that of training.
 
     Returns:
@@ -214,6 +233,7 @@ def draw_run(
     figures = _Figures(folder, images, size)
     drawings: dict[str, Callable[[], Image.Image | None]] = {
         "reconstructions": figures.reconstructions,
+        "tokens": figures.tokens,
         "patch_features": figures.patch_features,
         "attention": figures.attention,
     }

@@ -12,6 +12,7 @@ from hf_ssl.pictures.curves import draw_curves
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca, patch_colors
 from hf_ssl.pictures.reconstructions import draw_reconstructions
+from hf_ssl.pictures.tokens import draw_tokens
 from hf_ssl.pictures.views import draw_views
 
 
@@ -236,3 +237,29 @@ def test_after_a_resume_the_later_entry_of_a_step_counts():
     twice = draw_curves([{"step": 1, "loss": 9.0}, {"step": 2, "loss": 8.0}, {"step": 2, "loss": 1.0}])
     once = draw_curves([{"step": 1, "loss": 9.0}, {"step": 2, "loss": 1.0}])
     assert np.array_equal(twice, once)
+
+
+# Tokens.
+
+
+def test_tokens_have_their_colours_and_hidden_places_those_that_were_named():
+    codes = torch.eye(3)
+    tokens = torch.tensor([[0, 0, 1, 1]])
+    named = torch.tensor([[2, 0, 2, 2]])
+    hidden = torch.tensor([[True, False, False, True]])
+    image = flat("#336699", 160)
+    sheet = draw_tokens([image], tokens, named, hidden, codes, (2, 2))
+    first, second, third = (tuple(int(value) for value in color) for color in patch_colors(
+        codes[torch.tensor([[0, 0, 1, 1], [2, 0, 1, 2]])]).reshape(-1, 3)[[0, 2, 4]].unbind())  # fmt: skip
+    quarter = 80 * 80
+    assert count(sheet, "#336699") == 4 * quarter + 2 * quarter  # the image, and what was seen of it
+    assert count(sheet, (140, 140, 140)) == 2 * quarter
+    assert count(sheet, first) == 2 * quarter + quarter
+    assert count(sheet, second) == 2 * quarter + quarter
+    assert count(sheet, third) == 2 * quarter
+
+
+def test_tokens_that_do_not_fit_the_grid_are_refused():
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"must all be \(1 images, 3 x 2 patches\)"):
+        draw_tokens([flat("#336699")], tokens, tokens, tokens.bool(), torch.eye(3), (3, 2))

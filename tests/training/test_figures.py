@@ -45,6 +45,16 @@ def test_tokenizers_show_pixels_where_codes_give_pixels(image_folder: Path, tmp_
     assert names == (expected if distils else expected | {"reconstructions"})
 
 
+def test_beit_shows_tokens(image_folder: Path, tmp_path: Path):
+    options = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
+    codes = {"num_codes": 16, "code_size": 4}
+    data = {"dataset": str(image_folder)}
+    tokenizer = train("beit_tokenizer", output_dir=str(tmp_path / "tokens"), **data, **options, **codes)
+    run = train("beit", output_dir=str(tmp_path / "run"), tokenizer=str(tokenizer.folder), **data, **options)
+    names = {path.stem for path in draw_run(str(run.folder))}
+    assert names == {"tokens", "patch_features", "attention", "views", "neighbors", "curves"}
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="is no run"):
         draw_run(str(tmp_path))

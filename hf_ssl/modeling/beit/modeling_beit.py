@@ -87,6 +87,20 @@ class BEiTForPreTraining(SSLForPreTraining):
         except RuntimeError as error:
             raise ValueError(f"the tokenizer is not as tokenizer_config says: {error}") from error
 
+    def tokens(self, pixel_values: Tensor) -> Tensor:
+        """The tokenizer's tokens (B, N) int64 of images (B, C, H, W)."""
+        return self.tokenizer.tokens(resized(pixel_values, int(self.tokenizer.backbone.config.image_size)))
+
+    @torch.no_grad()
+    def name_tokens(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        """The most likely token of every patch (B, N) int64, where `bool_masked_pos` (B, N) are hidden."""
+        return self.student.head(self._patches(pixel_values, bool_masked_pos)[1]).argmax(dim=-1)
+
+    def _patches(self, pixel_values: Tensor, bool_masked_pos: Tensor) -> tuple[Tensor, Tensor]:
+        """All tokens of the encoder (B, T, D), and those of patches (B, N, D)."""
+        states = self.student.backbone(pixel_values, bool_masked_pos=bool_masked_pos).last_hidden_state
+        return states, states[:, self.config.encoder_config.num_prefix_tokens :]
+
     def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
         """Masks of a step depend on (seed, step) and the row alone."""
         self._step = (seed, step)
@@ -133,10 +147,8 @@ class BEiTForPreTraining(SSLForPreTraining):
         grid = patch_grid(pixel_values, self.config.encoder_config.patch_size)
         is_masked_BN = self._choose_masks(pixel_values, grid, row_index, bool_masked_pos)
         if tokens is None:
-            side = int(self.tokenizer.backbone.config.image_size)
-            tokens = self.tokenizer.tokens(resized(pixel_values, side))
-        states = self.student.backbone(pixel_values, bool_masked_pos=is_masked_BN).last_hidden_state
-        patches_BND = states[:, self.config.encoder_config.num_prefix_tokens :]
+            tokens = self.tokens(pixel_values)
+        states, patches_BND = self._patches(pixel_values, is_masked_BN)
         logits_MV = self.student.head(patches_BND[is_masked_BN])
         wanted_M = tokens[is_masked_BN]
         with without_autocast(logits_MV):
