@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hf_ssl.data.decoding import decode_image
@@ -16,6 +17,7 @@ INK, FAINT = "#1f2328", "#59636e"
 # Okabe and Ito's palette without black and yellow: told apart by colour-blind readers too.
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 GOOD, BAD = "#009e73", "#d55e00"
+UNSEEN = 140  # grey level of patches that a model did not see
 _FRAME, _SPACE = 4, 8  # width of a frame with its white line; between text and pictures
 
 
@@ -144,3 +146,9 @@ def _write(
 ) -> None:
     for number, line in enumerate(lines):
         pen.text((left, top + number * round(1.35 * size)), line, fill=color, font=font(size, bold))
+
+
+def patch_mask(chosen: Any, grid: tuple[int, int], size: tuple[int, int]) -> Image.Image:
+    """Patches (N,) bool of a grid of (rows, columns) as a mask of (width, height) pixels."""
+    pixels = np.asarray(chosen).reshape(grid).astype(np.uint8) * 255
+    return Image.fromarray(pixels).resize(size, Image.Resampling.NEAREST)

@@ -6,15 +6,12 @@ Shape suffixes: B = images, N = patches, K = tokens, d = width of a code.
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from hf_ssl.pictures.canvas import Tile, draw_grid, fit
+from hf_ssl.pictures.canvas import UNSEEN, Tile, draw_grid, fit, patch_mask
 from hf_ssl.pictures.patch_pca import patch_colors
-
-HIDDEN = 140  # grey
 
 
 def draw_tokens(
@@ -54,9 +51,8 @@ def draw_tokens(
     rows = []
     for index, image in enumerate(images):
         picture = fit(image)
-        mask = Image.fromarray(is_masked[index].view(grid).numpy().astype(np.uint8) * 255)
-        gray = Image.new("RGB", picture.size, (HIDDEN,) * 3)
-        seen = Image.composite(gray, picture, mask.resize(picture.size, Image.Resampling.NEAREST))
+        gray = Image.new("RGB", picture.size, (UNSEEN,) * 3)
+        seen = Image.composite(gray, picture, patch_mask(is_masked[index], grid, picture.size))
         maps = [fit(part[index].reshape(*grid, 3)) for part in colors]
         tiles = [part.resize(picture.size, Image.Resampling.NEAREST) for part in maps]
         rows.append([Tile(tile) for tile in (picture, seen, *tiles)])

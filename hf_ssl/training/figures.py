@@ -18,6 +18,7 @@ from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import read_rows
 from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.pictures.agreement import draw_agreement
 from hf_ssl.pictures.attention import draw_attention
 from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
@@ -121,10 +122,7 @@ class _Figures:
         """Visual tokens, and those named for hidden patches; for methods that predict them."""
         if not hasattr(self.model, "name_tokens"):
             return None
-        side = int(self.model.config.image_size)
-        squares = [np.asarray(ImageOps.fit(Image.fromarray(image), (side, side))) for image in self.images]
-        pixel_values = self.pixel_values(squares, do_resize=False, do_center_crop=False)
-        grid = (self.model.config.encoder_config.grid_size,) * 2
+        squares, pixel_values, grid = self._training_squares()
         is_masked = self.model.draw_masks(torch.arange(len(squares)), grid, (0, 0))
         return draw_tokens(
             squares,
@@ -134,6 +132,21 @@ class _Figures:
             self.model.tokenizer.head.codebook.vectors,
             grid,
         )
+
+    def agreement(self) -> Image.Image | None:
+        """Predicted beside true tokens; for methods that predict a teacher's."""
+        if not hasattr(self.model, "agreement"):
+            return None
+        squares, pixel_values, grid = self._training_squares()
+        is_context, cosines = self.model.agreement(pixel_values)
+        return draw_agreement(squares, is_context, cosines, grid)
+
+    def _training_squares(self) -> tuple[list[Any], Tensor, tuple[int, int]]:
+        """The middle of every image at the training size, as pixels and as the model takes it; its grid."""
+        side = int(self.model.config.image_size)
+        squares = [np.asarray(ImageOps.fit(Image.fromarray(image), (side, side))) for image in self.images]
+        pixel_values = self.pixel_values(squares, do_resize=False, do_center_crop=False)
+        return squares, pixel_values, (self.model.config.encoder_config.grid_size,) * 2
 
     def patch_features(self) -> Image.Image | None:
         """Main directions of patch tokens as colours; for ViTs."""
@@ -215,7 +228,8 @@ def draw_run(
         run: folder of a run.
         output_dir: where pictures go; by default `figures` in the run.
         images: other images than those it was trained on, whatever `open_images` takes; then only pictures
-            that show single images are drawn: reconstructions, tokens, patch features and attention.
+            that show single images are drawn: reconstructions, tokens, agreement,
+            patch features and attention.
         size: side in pixels at which patch features and attention are computed; by default that of training.
 
     Returns:
@@ -234,6 +248,7 @@ def draw_run(
     drawings: dict[str, Callable[[], Image.Image | None]] = {
         "reconstructions": figures.reconstructions,
         "tokens": figures.tokens,
+        "agreement": figures.agreement,
         "patch_features": figures.patch_features,
         "attention": figures.attention,
     }

@@ -385,3 +385,17 @@ def test_values_out_of_range_are_refused(options, message):
 def test_one_mask_without_the_other_is_refused(given):
     with pytest.raises(ValueError, match="or neither"):
         ROW.build()(ROW.images(2), **{given: fixed_masks()[given]})
+
+
+def test_agreement_is_that_of_the_target_blocks_and_1_where_the_predictor_is_perfect(monkeypatch):
+    model = ROW.build().eval()
+    pixels = ROW.images(3)
+    is_context, cosines = model.agreement(pixels)
+    assert is_context.shape == cosines.shape == (3, 16) and bool(is_context.any(dim=1).all())
+    assert cosines.isfinite().any(dim=1).all()
+    targets = model._targets
+    monkeypatch.setattr(
+        model.student.head, "forward", lambda tokens, context, target, grid: targets(pixels, target)
+    )
+    _, perfect = model.agreement(pixels)
+    torch.testing.assert_close(perfect[perfect.isfinite()], torch.ones(int(perfect.isfinite().sum())))

@@ -6,6 +6,7 @@ import torch
 from PIL import Image, ImageColor
 
 from hf_ssl.data.views import ViewMaker
+from hf_ssl.pictures.agreement import draw_agreement
 from hf_ssl.pictures.attention import draw_attention, heat, patches_with_most
 from hf_ssl.pictures.canvas import BAD, COLORS, GOOD, Tile, draw_grid, fit, wrap
 from hf_ssl.pictures.curves import draw_curves
@@ -263,3 +264,22 @@ def test_tokens_that_do_not_fit_the_grid_are_refused():
     tokens = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(ValueError, match=r"must all be \(1 images, 3 x 2 patches\)"):
         draw_tokens([flat("#336699")], tokens, tokens, tokens.bool(), torch.eye(3), (3, 2))
+
+
+# Agreement.
+
+
+def test_agreement_is_bright_where_predictions_are_right_and_grey_where_there_are_none():
+    context = torch.tensor([[True, False, False, False]])
+    cosines = torch.tensor([[float("nan"), 1.0, 0.0, float("nan")]])
+    sheet = draw_agreement([flat("#336699", 160)], context, cosines, (2, 2))
+    dark, bright = (tuple(int(value) for value in color) for color in heat(torch.tensor([[0.0, 1.0]]))[0])
+    quarter = 80 * 80
+    assert count(sheet, "#336699") == 4 * quarter + quarter
+    assert count(sheet, (140, 140, 140)) == 3 * quarter + 2 * quarter
+    assert count(sheet, bright) == count(sheet, dark) == quarter
+
+
+def test_agreement_that_does_not_fit_the_grid_is_refused():
+    with pytest.raises(ValueError, match="must both be"):
+        draw_agreement([flat("#336699")], torch.zeros(1, 4).bool(), torch.zeros(1, 5), (2, 2))

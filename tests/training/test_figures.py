@@ -55,6 +55,13 @@ def test_beit_shows_tokens(image_folder: Path, tmp_path: Path):
     assert names == {"tokens", "patch_features", "attention", "views", "neighbors", "curves"}
 
 
+def test_ijepa_shows_its_predictions(image_folder: Path, tmp_path: Path):
+    options = {name: value for name, value in TINY.items() if not name.startswith("decoder")}
+    run = train("ijepa", output_dir=str(tmp_path / "run"), dataset=str(image_folder), **options)
+    names = {path.stem for path in draw_run(str(run.folder))}
+    assert names == {"agreement", "patch_features", "views", "neighbors", "curves"}
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path):
     with pytest.raises(RecipeError, match="is no run"):
         draw_run(str(tmp_path))

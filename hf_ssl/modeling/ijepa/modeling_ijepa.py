@@ -222,6 +222,31 @@ class IJEPAForPreTraining(SSLForPreTraining):
         return masks.of_rows(row_index)
 
     @torch.no_grad()
+    def agreement(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """How well the tokens of target blocks are predicted, for the eye.
+
+        Args:
+            pixel_values: (B, C, H, W), normalised.
+
+        Returns:
+            `is_context` (B, N) bool, and the cosine of prediction and target (B, N), the mean where blocks
+            overlap, NaN outside all.
+        """
+        context_index_BK, target_index_TBM = self._choose_masks(pixel_values, None, None, None)
+        grid, num_images = self._grid(pixel_values), len(pixel_values)
+        tokens_BKD = self.student.backbone(pixel_values, kept_index=context_index_BK).last_hidden_state
+        predictions = self.student.head(tokens_BKD, context_index_BK, target_index_TBM, grid)
+        targets = self._targets(pixel_values, target_index_TBM)
+        cosines = F.cosine_similarity(full_precision(predictions), targets, dim=-1)
+        sums_BN = torch.zeros(num_images, math.prod(grid), device=cosines.device)
+        counts_BN = torch.zeros_like(sums_BN)
+        for index_BM, part_BM in zip(target_index_TBM, cosines.view(target_index_TBM.shape), strict=True):
+            sums_BN.scatter_add_(1, index_BM, part_BM)
+            counts_BN.scatter_add_(1, index_BM, torch.ones_like(part_BM))
+        is_context_BN = torch.zeros_like(sums_BN, dtype=torch.bool).scatter(1, context_index_BK, True)
+        return is_context_BN, sums_BN / counts_BN
+
+    @torch.no_grad()
     def _targets(self, pixel_values: Tensor, target_index_TBM: Tensor) -> Tensor:
         """The teacher's tokens (T * B, M, D) of the whole image, each to mean 0 and variance 1."""
         tokens_BND = self.teacher.backbone(pixel_values).last_hidden_state
