@@ -18,6 +18,7 @@ from hf_ssl.modeling.shared.teacher import relative_distance
 from hf_ssl.training.doctor import PATIENCE, RULES, Case, Diagnosis, Doctor, diagnose
 from hf_ssl.training.recipes import RecipeError
 from hf_ssl.training.run import Run, train
+from tests.conftest import ROOT
 from tests.modeling.tiny import BY_NAME
 
 LOG_K = math.log(64)
@@ -88,6 +89,11 @@ SIGNS = {
 
 def test_every_rule_has_a_sign_in_these_tests():
     assert SIGNS.keys() == RULES.keys()
+
+
+def test_every_rule_has_an_entry_in_the_docs():
+    lines = (ROOT / "docs" / "alarms.md").read_text(encoding="utf-8").splitlines()
+    assert [line.removeprefix("## ") for line in lines if line.startswith("## ")] == list(RULES)
 
 
 @pytest.mark.parametrize("name", SIGNS)
