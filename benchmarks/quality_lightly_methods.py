@@ -1,4 +1,4 @@
-"""Methods built of lightly's parts, for the quality benchmark: SimCLR, MoCo v2, MAE.
+"""Methods built of lightly's parts, for the benchmarks: SimCLR, MoCo v2, MAE, I-JEPA.
 
 Shape suffixes: B = images, T = tokens with class token, M = masked tokens, P = pixel values of a patch.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightly.loss import NTXentLoss
 from lightly.models import utils
-from lightly.models.modules import MAEDecoderTIMM, MaskedVisionTransformerTIMM
+from lightly.models.modules import IJEPAPredictorTIMM, MAEDecoderTIMM, MaskedVisionTransformerTIMM
 from lightly.models.modules.heads import MoCoProjectionHead, SimCLRProjectionHead
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -179,6 +179,41 @@ class MAE(Method):
         if self.normalize_targets:
             target_BMP = utils.normalize_mean_var(target_BMP)
         return nn.functional.mse_loss(prediction_BMP.float(), target_BMP)
+
+
+class IJEPA(Method):
+    """Masked ViT, its momentum copy on whole images, and predictor; smooth-L1 on normed tokens."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        vit = config.backbone_config
+        self.momentum = config.teacher_momentum
+        self.backbone = masked_vit(vit, class_token=False, global_pool="avg")
+        self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.predictor = IJEPAPredictorTIMM(
+            num_patches=self.backbone.vit.patch_embed.num_patches,
+            depth=config.predictor_num_hidden_layers,
+            mlp_dim=vit.hidden_size,
+            predictor_embed_dim=config.predictor_hidden_size,
+            num_heads=config.predictor_heads,
+        )
+        self.trained = [self.backbone, self.predictor]
+
+    def move_teacher(self, step: int, total_steps: int) -> None:
+        """The momentum copy, at one momentum."""
+        utils.update_momentum(self.backbone, self.target_backbone, m=self.momentum)
+
+    def loss(self, views: list[Tensor], autocast: Callable[[], Any]) -> Tensor:
+        """Loss of a batch: images, indices of the context, indices of every target block."""
+        images, context_BK, *targets_BM = views
+        with torch.no_grad(), autocast():
+            whole = self.target_backbone.encode(images)
+            whole = nn.functional.layer_norm(whole.float(), whole.shape[-1:])
+            wanted = utils.apply_masks(whole, targets_BM)
+        with autocast():
+            seen = self.backbone.encode(images, idx_keep=context_BK)
+            predicted = self.predictor(seen, [context_BK], targets_BM)
+        return nn.functional.smooth_l1_loss(predicted.float(), wanted)
 
 
 class TokenEncoder(nn.Module):

@@ -28,12 +28,14 @@ from interleaved import (
 )
 from lightly.models import utils
 from quality_lightly_distillation import DINO
-from quality_lightly_methods import MAE, Method, MoCo, SimCLR
+from quality_lightly_methods import IJEPA, MAE, Method, MoCo, SimCLR
 from torch import Tensor
 from transformers import BeitConfig, BeitForMaskedImageModeling, ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.beit import BEiTConfig
+from hf_ssl.modeling.ijepa import IJEPAConfig
+from hf_ssl.modeling.shared.multi_block import draw_block_masks
 from hf_ssl.modeling.shared.precision import has_fast_bf16
 from hf_ssl.training.optimizers import build_optimizer
 
@@ -82,6 +84,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "backbone_config": {**BEiTConfig.default_backbone, **TINY_VIT},
         "tokenizer_config": {"num_codes": 8192},
     },
+    "I-JEPA ViT-Ti/16": {  # blocks given to both
+        "method": "ijepa",
+        "batch": 16,
+        "backbone_config": {
+            **IJEPAConfig.default_backbone,
+            **TINY_VIT,
+            "num_hidden_layers": 12,
+            "patch_size": 16,
+        },
+        "predictor_hidden_size": 96,
+        "predictor_num_hidden_layers": 6,
+    },
     "DINO ViT-Ti/16, K = 4096": {
         "method": "dino",
         "batch": 2,
@@ -113,11 +127,13 @@ TRANSFORMERS_AIM = 1.7  # MAE, ours in bf16 to theirs in fp32
 FP32_AIMS = {"DINO ViT-Ti/16, K = 65536": 2.0}
 MEMORY_AIMS = {"DINO ViT-Ti/16, K = 65536": 0.25}
 RECOMPUTED = "ours fp32, recomputed"  # layers are computed again in backward: gradient_checkpointing
-LIGHTLY = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "dino": DINO}
+LIGHTLY = {"simclr": SimCLR, "moco": MoCo, "mae": MAE, "ijepa": IJEPA, "dino": DINO}
 OPTIMIZERS = {  # those of lightly's examples
-    "simclr": "sgd", "moco": "sgd", "mae": "adamw", "beit": "adamw", "dino": "adamw",
+    "simclr": "sgd", "moco": "sgd", "mae": "adamw", "beit": "adamw", "ijepa": "adamw",
+    "dino": "adamw",
 }  # fmt: skip
 NUM_LOCAL_VIEWS = 8
+ONE_VIEW = ("mae", "beit", "ijepa")
 # With bf16 or without; where it is emulated a step takes minutes, and nobody would use it.
 PRECISIONS = (False, True) if has_fast_bf16("cpu") else (False,)
 
@@ -137,7 +153,28 @@ def views_of(name: str) -> tuple[Tensor, Tensor | None]:
     views = torch.randn(2, batch, 3, size, size).transpose(0, 1)
     if method == "dino":
         return views, torch.randn(NUM_LOCAL_VIEWS, batch, 3, 96, 96).transpose(0, 1)
-    return (views[:, 0].contiguous(), None) if method in ("mae", "beit") else (views, None)
+    return (views[:, 0].contiguous(), None) if method in ONE_VIEW else (views, None)
+
+
+def blocks_of(name: str) -> tuple[Tensor, list[Tensor]]:
+    """Indices of a context (B, K) and of every target block (B, M), as our method draws them."""
+    config = config_of(name)
+    side = config.encoder_config.grid_size
+    masks = draw_block_masks(
+        SETTINGS[name]["batch"],
+        (side, side),
+        torch.Generator().manual_seed(0),
+        num_targets=config.num_targets,
+        target_scale=config.target_scale,
+        target_aspect=config.target_aspect,
+        context_scale=config.context_scale,
+        min_context_patches=config.min_context_patches,
+        reach_last=config.reach_last_row,
+        truncation=config.truncation,
+        group_size=SETTINGS[name]["batch"],
+    )
+    context, targets = masks.of_rows(torch.arange(SETTINGS[name]["batch"]))
+    return context, list(targets)
 
 
 def tokens_of(name: str) -> dict[str, Tensor]:
@@ -172,6 +209,9 @@ def our_step(name: str, bf16: bool, recomputed: bool = False) -> Run:
         batch["local_pixel_values"] = local_views
     if method == "beit":
         batch |= tokens_of(name)
+    if method == "ijepa":
+        context, targets = blocks_of(name)
+        batch |= {"context_mask": [context], "target_mask": targets}
     return protocol_step(model, OPTIMIZERS[method], batch, bf16)
 
 
@@ -203,7 +243,10 @@ def lightly_step(name: str, bf16: bool) -> Run:
     method = SETTINGS[name]["method"]
     model: Method = LIGHTLY[method](config_of(name)).train()
     global_views, local_views = views_of(name)
-    views = [global_views] if method == "mae" else list(global_views.unbind(1))
+    views = [global_views] if method in ONE_VIEW else list(global_views.unbind(1))
+    if method == "ijepa":
+        context, targets = blocks_of(name)
+        views += [context, *targets]
     views += [] if local_views is None else list(local_views.unbind(1))
     return lightly_loop(model, OPTIMIZERS[method], views, bf16)
 
