@@ -98,6 +98,7 @@ class BEiTTokenizerForPreTraining(SSLForPreTraining):
         output_size = pixels if self.distiller is None else self.distiller.hidden_size
         self.decoder = BEiTTokenizerDecoder(config, output_size)
         self._step = (0, 0)
+        self._may_start = config.kmeans_start  # asking the codebook would wait for the GPU in every step
         self.finish_construction()
         self.train(self.training)
 
@@ -127,7 +128,8 @@ class BEiTTokenizerForPreTraining(SSLForPreTraining):
     def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
         """Start the codes at the centres of the first step's vectors."""
         codebook = self.student.head.codebook
-        if not self.config.kmeans_start or bool(codebook.has_started):
+        may_start, self._may_start = self._may_start, False
+        if not may_start or bool(codebook.has_started):
             return
         vectors = torch.cat([self.student.vectors(batch["pixel_values"]) for batch in batches])
         vectors_Rd = _in_row_order(vectors, len(batches)).flatten(0, 1)
