@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "dense", help="kept, and used again")
     parser.add_argument("--jobs", type=int, default=2, help="processes at a time, one thread each")
+    parser.add_argument("--output", type=Path, default=RESULTS / "dense.md")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     options = parser.parse_args()
     spawning = multiprocessing.get_context("spawn")
@@ -73,7 +74,7 @@ def main() -> None:
         "",
         *table(header, cells),
     ]
-    print(write_report("Dense features", "dense.py", body, {"rows": rows}, RESULTS / "dense.md"))
+    print(write_report("Dense features", "dense.py", body, {"rows": rows}, options.output))
 
 
 def measure(variant: str, options: argparse.Namespace) -> list[dict[str, Any]]:
