@@ -39,6 +39,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, default=DATA / "cifar10")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tokenizers", nargs="+", choices=TOKENIZERS, default=list(TOKENIZERS))
     parser.add_argument("--steps-scale", type=float, default=1.0, help="factor on all steps, for smoke tests")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tokens", help="kept, and used again")
     parser.add_argument("--output", type=Path, default=RESULTS / "tokens.md")
@@ -73,20 +74,15 @@ def rows_of(seed: int, options: argparse.Namespace) -> list[dict[str, Any]]:
     """MAE and the three BEiTs of a seed."""
     folder = options.runs / f"{options.data.name}_{options.steps_scale:g}_{seed}"
     mae = trained(folder / "mae", "mae_small", seed, options)
-    tokenizers = {
-        "pixels": trained(folder / "tokens_pixels", "beit_tokenizer_small", seed, options),
-        "distilled": trained(
-            folder / "tokens_distilled",
-            "beit_tokenizer_small",
-            seed,
-            options,
-            distill_from=str(mae / "encoder"),
-        ),
-        "untrained": untrained(folder / "tokens_untrained"),
-    }
     rows = [row_of("MAE (no tokens)", mae, options, seed)]
-    for name in TOKENIZERS:
-        run = trained(folder / f"beit_{name}", "beit_small", seed, options, tokenizer=str(tokenizers[name]))
+    for name in options.tokenizers:
+        made = folder / f"tokens_{name}"
+        if name == "untrained":
+            untrained(made)
+        else:
+            distilled = {"distill_from": f"{mae}/encoder"} if name == "distilled" else {}
+            trained(made, "beit_tokenizer_small", seed, options, **distilled)
+        run = trained(folder / f"beit_{name}", "beit_small", seed, options, tokenizer=str(made))
         rows.append(row_of(name, run, options, seed))
     return rows
 
