@@ -200,6 +200,7 @@ def test_a_healthy_run_with_patches_is_silent(tmp_path: Path, caplog: pytest.Log
     )
 
 
+@pytest.mark.slow
 def test_healthy_runs_of_masked_methods_are_silent(
     tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -252,10 +253,12 @@ def test_every_rule_has_a_broken_run():
     assert BROKEN.keys() == RULES.keys()
 
 
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in METHOD_OF else ()) for name in BROKEN]
+)
 def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
     name: str,
-    tokenizer: str,
+    request: pytest.FixtureRequest,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -269,7 +272,7 @@ def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
     if name == "collapsed targets":
         monkeypatch.setattr(modeling_ijepa, "update_teacher", shrink)
     method = METHOD_OF.get(name, "dino")
-    options = {"tokenizer": tokenizer} if method == "beit" else {}
+    options = {"tokenizer": request.getfixturevalue("tokenizer")} if method == "beit" else {}
     run = short(tmp_path / "run", method, **BROKEN[name], **options)
     assert name in [alarm.name for alarm in diagnose(str(run.folder)).alarms]
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
