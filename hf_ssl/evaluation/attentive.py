@@ -75,11 +75,6 @@ def evaluate_attentive(
     test_source: Source,
     *,
     epochs: int = 20,
-    learning_rate: float = 1e-3,
-    weight_decay: float = 1e-3,
-    batch_size: int = 128,
-    num_heads: int | None = None,
-    floors: bool = True,
     train_limit: int | None = None,
     test_limit: int | None = None,
     seed: int = 0,
@@ -92,11 +87,6 @@ def evaluate_attentive(
         train_source: labelled images that the probe learns from; their features stay in memory.
         test_source: labelled images that are scored once, at the end.
         epochs: passes over the training images.
-        learning_rate: of AdamW; half a cosine to 0 without warm-up.
-        weight_decay: of AdamW.
-        batch_size: images a step.
-        num_heads: of the pooler; None: as many as the encoder has.
-        floors: whether random weights are scored too.
         train_limit: at most so many training images, evenly spread.
         test_limit: at most so many test images.
         seed: of the probe's start and order.
@@ -105,15 +95,12 @@ def evaluate_attentive(
         The floor, then the encoder.
 
     Raises:
-        ValueError: no images, no labels, one class only, or heads that do not divide the width.
+        ValueError: no images, no labels, one class only, or no epoch.
     """
+    if epochs < 1:
+        raise ValueError(f"an attentive probe needs at least 1 epoch, got {epochs}")
     train = list(read_batches(train_source, processor, limit=train_limit))
     test = list(read_batches(test_source, processor, limit=test_limit))
-    networks = {ENCODER: encoder}
-    if floors:
-        pixels = [batch.pixel_values for batch in train]
-        fresh = random_encoder(encoder, pixels[: max(NUM_STATISTICS_IMAGES // len(pixels[0]), 1)])
-        networks = {RANDOM: fresh, ENCODER: encoder}
     train_labels, test_labels = (
         check_labels(
             _labels(part), sum(len(batch.pixel_values) for batch in part), several=several, name=name
@@ -121,20 +108,13 @@ def evaluate_attentive(
         for part, several, name in ((train, True, "train labels"), (test, False, "test labels"))
     )
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    pixels = [batch.pixel_values for batch in train]
+    fresh = random_encoder(encoder, pixels[: max(NUM_STATISTICS_IMAGES // len(pixels[0]), 1)])
     scores = []
-    for name, network in networks.items():
+    for name, network in ((RANDOM, fresh), (ENCODER, encoder)):
         patches = _patches(network, train)
-        probe = fit_attentive_probe(
-            patches,
-            train_labels,
-            num_classes,
-            num_heads or _heads_of(network, patches.shape[-1]),
-            epochs=epochs,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-            seed=seed,
-        )
+        heads = _heads_of(network, patches.shape[-1])
+        probe = fit_attentive_probe(patches, train_labels, num_classes, heads, epochs=epochs, seed=seed)
         with torch.inference_mode():
             found = torch.cat([probe(_patches(network, [batch])) for batch in test])
         scores.append(AttentiveScore(name, top_k_accuracy(found, test_labels, 1)))
@@ -153,7 +133,22 @@ def fit_attentive_probe(
     batch_size: int = 128,
     seed: int = 0,
 ) -> nn.Module:
-    """Pooler and linear layer, trained on frozen patches; the global random state is left as it was."""
+    """Pooler and linear layer, trained on frozen patches; the global random state is left as it was.
+
+    Args:
+        patches_NTD: frozen features.
+        labels_N: their classes.
+        num_classes: C.
+        num_heads: of the pooler.
+        epochs: passes over the images.
+        learning_rate: of AdamW; half a cosine to 0 without warm-up.
+        weight_decay: of AdamW.
+        batch_size: images a step.
+        seed: of the start and the order.
+
+    Raises:
+        ValueError: the heads do not divide the width.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

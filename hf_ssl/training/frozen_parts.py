@@ -43,9 +43,7 @@ def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
     """
     if distill_from is None:
         return recipe
-    able = [name for name, method in METHODS.items() if hasattr(method.config_class, "distiller_config")]
-    if recipe.method not in able:
-        raise RecipeError(f"distill_from is for {', '.join(able)}; {recipe.method} has no frozen teacher")
+    _require_field(recipe, "distiller_config", "distill_from", "has no frozen teacher")
     start = find_starting_point(distill_from)
     logger.info("distilled from %s, which stands still", start.location)
     if recipe.method == TOKENIZER:
@@ -58,6 +56,12 @@ def with_distiller(recipe: Recipe, distill_from: str | None) -> Recipe:
             f"{recipe.method}; give a run of {recipe.method}, or a repository with its pretraining/ folder"
         )
     return replace(taught, distill_from=str(start.location))
+
+
+def _require_field(recipe: Recipe, field: str, key: str, otherwise: str) -> None:
+    able = [name for name, method in METHODS.items() if hasattr(method.config_class, field)]
+    if recipe.method not in able:
+        raise RecipeError(f"{key} is for {', '.join(able)}; {recipe.method} {otherwise}")
 
 
 def _backbone_of(start: StartingPoint) -> dict[str, Any]:
@@ -84,9 +88,7 @@ def with_tokenizer(recipe: Recipe, tokenizer: str | None) -> Recipe:
     """
     if tokenizer is None:
         return recipe
-    able = [name for name, method in METHODS.items() if hasattr(method.config_class, "tokenizer_config")]
-    if recipe.method not in able:
-        raise RecipeError(f"tokenizer is for {', '.join(able)}; {recipe.method} predicts no tokens")
+    _require_field(recipe, "tokenizer_config", "tokenizer", "predicts no tokens")
     start = find_starting_point(tokenizer)
     if not start.is_of(TOKENIZER):
         raise RecipeError(
@@ -109,6 +111,7 @@ def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
         start = find_starting_point(recipe.distill_from)
         try:
             if recipe.method == TOKENIZER:
+                _check_statistics(recipe, start)
                 start_backbone(model.distiller, start)
             else:
                 model.take_distiller(start.location.load(type(model), start.subfolder))
@@ -117,6 +120,7 @@ def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
     if recipe.tokenizer is not None:
         start = find_starting_point(recipe.tokenizer)
         try:
+            _check_statistics(recipe, start)
             source = start.location.load(METHODS[TOKENIZER].pretraining_class, start.subfolder)
             model.take_tokenizer(source.student)
         except ANY_ERROR as error:
@@ -127,6 +131,16 @@ def build_model(recipe: Recipe, config: Any) -> SSLForPreTraining:
             "its run with --tokenizer"
         )
     return model
+
+
+def _check_statistics(recipe: Recipe, start: StartingPoint) -> None:
+    """Refuse images that are normalised in another way than a frozen part has learned on."""
+    for name, wanted in start.statistics().items():
+        given = recipe.processor.get(name)
+        if given is not None and list(given) != wanted:
+            raise ValueError(
+                f"it was trained with {name} {wanted} and this run has {list(given)}; leave it out"
+            )
 
 
 def _continues_its_method(recipe: Recipe) -> bool:

@@ -70,6 +70,12 @@ def test_heads_that_do_not_fit_are_refused():
         AttentivePooler(16, 3)
 
 
+def test_no_epoch_is_refused():
+    encoder, processor = BY_NAME["mae"].build_encoder(), METHODS["mae"].processor_class.for_image_size(16)
+    with pytest.raises(ValueError, match="needs at least 1 epoch, got 0"):
+        evaluate_attentive(encoder, processor, labelled(4), labelled(2), epochs=0)
+
+
 def test_images_without_labels_are_refused():
     encoder, processor = BY_NAME["mae"].build_encoder(), METHODS["mae"].processor_class.for_image_size(16)
     rows = [{"image": random_image(0)}]

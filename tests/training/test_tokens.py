@@ -52,6 +52,15 @@ def test_beit_takes_the_tokenizer_whole_with_its_normalisation(
     )
 
 
+def test_images_normalised_in_another_way_than_the_tokenizer_s_are_refused(
+    tokenizer: Path, image_folder: Path, tmp_path: Path
+):
+    with pytest.raises(
+        RecipeError, match=r"was trained with image_mean \[0\.4, 0\.4, 0\.4\] and this run has"
+    ):
+        small("beit", tmp_path / "run", image_folder, tokenizer=str(tokenizer), image_mean=[0.5, 0.5, 0.5])
+
+
 @pytest.mark.parametrize("method", ["beit_tokenizer", "beit"])
 def test_runs_resume_bit_for_bit(tokenizer: Path, image_folder: Path, tmp_path: Path, method: str):
     options = {"tokenizer": str(tokenizer)} if method == "beit" else {**CODES, "restart_every": 1}
