@@ -183,7 +183,7 @@ def tokens_of(name: str) -> dict[str, Tensor]:
     batch, num_patches = SETTINGS[name]["batch"], config.encoder_config.grid_size**2
     order = torch.rand(batch, num_patches).argsort(dim=1)
     return {
-        "bool_masked_pos": order < config.num_hidden_patches,
+        "bool_masked_pos": order < config.num_hidden_patches(num_patches),
         "tokens": torch.randint(config.vocab_size, (batch, num_patches)),
     }
 

@@ -138,7 +138,7 @@ def test_exactly_as_many_patches_are_hidden_in_every_image():
         filled = fill_up(mask, TARGET, generator)
         assert filled.sum() == TARGET and bool(filled[mask].all())
     hidden = ROW.build()(ROW.images(8)).is_masked
-    assert set(hidden.sum(dim=1).tolist()) == {ROW.config().num_hidden_patches}
+    assert set(hidden.sum(dim=1).tolist()) == {ROW.config().num_hidden_patches(16)}
 
 
 def test_blocks_alone_hide_fewer_now_and_then_as_in_version_1():
@@ -211,7 +211,7 @@ def test_another_grid_of_tokens_is_refused():
     tokenizer = {
         "backbone_config": {"hidden_size": 16, "num_attention_heads": 2, "image_size": 16, "patch_size": 8}
     }
-    with pytest.raises(ValueError, match="makes 2 x 2 tokens, the encoder has 4 x 4 patches"):
+    with pytest.raises(ValueError, match="the tokenizer has 2 x 2 patches, the encoder trained 4 x 4"):
         ROW.config(tokenizer_config=tokenizer)
 
 

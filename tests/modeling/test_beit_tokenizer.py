@@ -11,7 +11,7 @@ from hf_ssl.modeling.beit_tokenizer.modeling_beit_tokenizer import cosine_distan
 from hf_ssl.modeling.shared.codebook import Codebook, cosine_kmeans, share_in_use, usage_of
 from tests.closeness import near
 from tests.conftest import ROOT
-from tests.modeling.tiny import BY_NAME, run_step
+from tests.modeling.tiny import BY_NAME, TINY_RESNET, run_step
 
 PIXELS, DISTILLED = BY_NAME["beit_tokenizer"], BY_NAME["beit_tokenizer-distilled"]
 
@@ -131,6 +131,14 @@ def test_the_encoder_distilled_stands_still_in_eval_mode():
     assert model.eval()(DISTILLED.images(4)).predictions is None
 
 
+def test_a_cnn_is_distilled_where_its_map_has_as_many_places_and_refused_where_not():
+    fitting = PIXELS.build(distiller_config={"backbone_config": {**TINY_RESNET, "image_size": 32}})
+    assert fitting(PIXELS.images(2)).loss.isfinite()
+    other = PIXELS.build(distiller_config={"backbone_config": TINY_RESNET})
+    with pytest.raises(ValueError, match="distilled has 4 places and the tokenizer 16 patches"):
+        other(PIXELS.images(2))
+
+
 def test_predictions_are_pixels_of_all_patches():
     outputs = PIXELS.build().eval()(PIXELS.images(4))
     assert outputs.predictions.shape == (4, 16, 48) and bool(outputs.is_masked.all())
@@ -176,7 +184,7 @@ def test_it_learns_to_give_pixels_back():
         ({"commitment_weight": -1.0}, "commitment_weight must be >= 0"),
         (
             {"distiller_config": {"backbone_config": {"image_size": 32, "patch_size": 4}}},
-            "the encoder distilled has 8 x 8 patches, the tokenizer 4 x 4",
+            "the encoder distilled has 8 x 8 patches, the encoder trained 4 x 4",
         ),
     ],
 )

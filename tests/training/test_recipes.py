@@ -70,7 +70,7 @@ def test_beit_is_trained_as_published(tmp_path: Path):
     assert (args.learning_rate, args.learning_rate_end, args.adam_beta2) == (1.5e-3, 1e-5, 0.98)
     assert (args.max_grad_norm, args.clip_mode, args.weight_decay) == (3.0, "global", 0.05)
     config = load_recipe("beit").config()
-    assert (config.num_hidden_patches, config.vocab_size) == (75, 8192)
+    assert (config.num_hidden_patches(196), config.vocab_size) == (75, 8192)
     assert config.encoder_config.drop_path_rate == 0
 
 

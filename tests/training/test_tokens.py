@@ -55,9 +55,7 @@ def test_beit_takes_the_tokenizer_whole_with_its_normalisation(
 def test_images_normalised_in_another_way_than_the_tokenizer_s_are_refused(
     tokenizer: Path, image_folder: Path, tmp_path: Path
 ):
-    with pytest.raises(
-        RecipeError, match=r"was trained with image_mean \[0\.4, 0\.4, 0\.4\] and this run has"
-    ):
+    with pytest.raises(RecipeError, match=r"trained with image_mean \[0\.4, 0\.4, 0\.4\] and this run"):
         small("beit", tmp_path / "run", image_folder, tokenizer=str(tokenizer), image_mean=[0.5, 0.5, 0.5])
 
 
@@ -85,7 +83,7 @@ def test_a_tokenizer_distils_any_encoder(tokenizer: Path, image_folder: Path, tm
 
 def test_another_grid_than_the_encoder_distilled_is_refused(image_folder: Path, tmp_path: Path):
     mae = small("mae", tmp_path / "mae", image_folder)
-    with pytest.raises(RecipeError, match="has 4 x 4 patches, the tokenizer 2 x 2"):
+    with pytest.raises(RecipeError, match="has 4 x 4 patches, the encoder trained 2 x 2"):
         small("beit_tokenizer", tmp_path / "run", image_folder, distill_from=str(mae.folder), patch_size=8)
     assert not (tmp_path / "run").exists()
 

@@ -39,21 +39,9 @@ class BEiTConfig(SSLConfig):
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         self.require_vit()
-        encoder = self.encoder_config
-        if not encoder.use_mask_token:
+        if not self.encoder_config.use_mask_token:
             raise ValueError("BEiTConfig needs a mask token; set use_mask_token=True in the backbone_config")
-        tokenizer = self.tokenizer_backbone()
-        if isinstance(tokenizer, SSLViTConfig) and tokenizer.grid_size != encoder.grid_size:
-            raise ValueError(
-                f"the tokenizer makes {tokenizer.grid_size} x {tokenizer.grid_size} tokens, the encoder has "
-                f"{encoder.grid_size} x {encoder.grid_size} patches; set image_size and patch_size so that "
-                "both have as many"
-            )
-
-    @property
-    def encoder_config(self) -> SSLViTConfig:
-        """The `backbone_config`, which `require_vit` has found to be our ViT's."""
-        return self.backbone_config  # type: ignore[return-value]
+        self.require_grid_of(self.tokenizer_backbone(), "tokenizer")
 
     def tokenizer_backbone(self) -> PreTrainedConfig:
         """Config of the tokenizer's encoder; of the encoder's size where none is given."""
@@ -80,10 +68,9 @@ class BEiTConfig(SSLConfig):
         """Width of a code of the tokenizer."""
         return int((self.tokenizer_config or {}).get("code_size", DEFAULT_CODE_SIZE))
 
-    @property
-    def num_hidden_patches(self) -> int:
-        """Patches that are hidden in an image of the training size."""
-        return max(round(self.mask_ratio * self.encoder_config.grid_size**2), 1)
+    def num_hidden_patches(self, num_patches: int) -> int:
+        """Patches that are hidden of so many, at most."""
+        return max(round(self.mask_ratio * num_patches), 1)
 
     def validate_masks(self) -> None:
         """Refuse masks that hide nothing or everything, and blocks of no size."""

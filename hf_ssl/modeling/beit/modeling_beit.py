@@ -49,10 +49,8 @@ class BEiTForPreTraining(SSLForPreTraining):
 
     config_class = BEiTConfig
     _keep_in_fp32_modules_strict = [r"^tokenizer\.(?!.*(num_batches_tracked|has_started)$)"]
-    undecayed = (
-        "cls_token",
-        "position_embeddings",
-    )  # as `get_parameter_groups` of the authors' optim_factory.py
+    # As `get_parameter_groups` of the authors' optim_factory.py.
+    undecayed = ("cls_token", "position_embeddings")
     config: BEiTConfig
     student: BEiTBranch
 
@@ -115,7 +113,7 @@ class BEiTForPreTraining(SSLForPreTraining):
             seed: the run's seed and the step.
         """
         config = self.config
-        count = max(round(config.mask_ratio * grid[0] * grid[1]), 1)
+        count = config.num_hidden_patches(grid[0] * grid[1])
         masks = []
         for row in row_index.tolist():
             generator = generator_of_row(*seed, row)

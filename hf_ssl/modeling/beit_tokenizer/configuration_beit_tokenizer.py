@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig, resolve_backbone_config
+from hf_ssl.modeling.shared.configuration import SSLConfig, resolve_backbone_config
 
 
 @strict
@@ -32,18 +32,8 @@ class BEiTTokenizerConfig(SSLConfig):
         super().__post_init__(**kwargs)
         self.require_vit()
         distiller = self.distiller()
-        if distiller is not None and isinstance(distiller, SSLViTConfig):
-            own, there = self.encoder_config.grid_size, distiller.grid_size
-            if own != there:
-                raise ValueError(
-                    f"the encoder distilled has {there} x {there} patches, the tokenizer {own} x {own}; set "
-                    "image_size and patch_size so that both have as many"
-                )
-
-    @property
-    def encoder_config(self) -> SSLViTConfig:
-        """The `backbone_config`, which `require_vit` has found to be our ViT's."""
-        return self.backbone_config  # type: ignore[return-value]
+        if distiller is not None:
+            self.require_grid_of(distiller, "encoder distilled")
 
     @property
     def normalize_targets(self) -> bool:

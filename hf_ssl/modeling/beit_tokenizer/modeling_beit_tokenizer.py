@@ -8,24 +8,22 @@ Shape suffixes: B = images, N = patches, D = encoder width, d = width of a code,
 P = pixel values of a patch.
 """
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
 
 from hf_ssl.modeling.shared.backbone import build_backbone
 from hf_ssl.modeling.shared.codebook import share_in_use, usage_of
-from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.distributed import all_gather, sum_over_processes, world_size
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import full_precision, normalize, patch_loss, without_autocast
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import normalize_patches, patch_grid, patchify
-from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from hf_ssl.modeling.shared.predictor import PatchPredictor
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, generator_of_step
 from hf_ssl.modeling.shared.tokenizer import CODE_TENSORS, VisualTokenizer, patch_features, resized
-from hf_ssl.modeling.shared.vit import SSLViTLayers, set_vit_initialization
 
 from .configuration_beit_tokenizer import BEiTTokenizerConfig
 
@@ -36,49 +34,28 @@ class BEiTTokenizerModel(SSLModel):
     config_class = BEiTTokenizerConfig
 
 
-class BEiTTokenizerDecoder(nn.Module):
+class BEiTTokenizerDecoder(PatchPredictor):
     """Transformer over codes that predicts what stands for each patch."""
 
     def __init__(self, config: BEiTTokenizerConfig, output_size: int) -> None:
-        super().__init__()
         encoder = config.encoder_config
         width = encoder.hidden_size
-        self.config = SSLViTConfig(
-            hidden_size=width,
-            num_hidden_layers=config.decoder_num_hidden_layers,
-            num_attention_heads=encoder.num_attention_heads,
-            image_size=encoder.image_size,
-            patch_size=encoder.patch_size,
-            layer_norm_eps=encoder.layer_norm_eps,
-            weight_initialization=encoder.weight_initialization,
+        super().__init__(
+            encoder,
+            width,
+            config.decoder_num_hidden_layers,
+            encoder.num_attention_heads,
+            output_size=width,
+            input_size=config.code_size,
+            has_mask_token=False,
         )
-        self.embed = nn.Linear(config.code_size, width)
-        self.position_embeddings = nn.Parameter(torch.empty(1, encoder.grid_size**2, width))
-        self.layers = SSLViTLayers(self.config)
-        self.layernorm = nn.LayerNorm(width, eps=encoder.layer_norm_eps)
-        self.predict = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, output_size))
-        set_vit_initialization(self, self.config)
-        set_weight_initialization(self.predict, "trunc_normal")
-
-    @property
-    def frozen_parameters(self) -> list[nn.Parameter]:
-        """The fixed positions."""
-        return [self.position_embeddings]
-
-    def initialize_parameters(self) -> None:
-        """Positions."""
-        side = self.config.grid_size
-        table = sincos_positions(self.config.hidden_size, side, side, first="row", class_token=False)
-        init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
+        self.last = nn.Sequential(nn.Tanh(), nn.Linear(width, output_size))
+        set_weight_initialization(self.last, "trunc_normal")
 
     def forward(self, codes_BNd: Tensor, grid: tuple[int, int]) -> Tensor:
         """Predictions (B, N, E)."""
-        trained = (self.config.grid_size, self.config.grid_size)
-        positions: Tensor = self.position_embeddings
-        if grid != trained:
-            positions = resize_positions(positions, trained, grid, has_class_token=False)
-        tokens = self.embed(codes_BNd.to(self.embed.weight.dtype)) + positions
-        return self.predict(self.layernorm(self.layers.run(tokens)[0][-1]))
+        tokens = self.embed(codes_BNd.to(self.embed.weight.dtype)) + self.positions(grid)
+        return self.last(self.predict(self.layernorm(self.layers.run(tokens)[0][-1])))
 
 
 class BEiTTokenizerForPreTraining(SSLForPreTraining):
@@ -199,7 +176,14 @@ class BEiTTokenizerForPreTraining(SSLForPreTraining):
         if self.distiller is None:
             return normalize_patches(patchify(pixel_values, self.config.encoder_config.patch_size))
         side = int(self.distiller.config.image_size)
-        return full_precision(patch_features(self.distiller, resized(pixel_values, side)))
+        targets = full_precision(patch_features(self.distiller, resized(pixel_values, side)))
+        num_patches = math.prod(patch_grid(pixel_values, self.config.encoder_config.patch_size))
+        if targets.shape[1] != num_patches:
+            raise ValueError(
+                f"the encoder distilled has {targets.shape[1]} places and the tokenizer {num_patches} "
+                "patches; set image_size and patch_size so that both have as many"
+            )
+        return targets
 
     def _reconstruction(self, predictions: Tensor, targets: Tensor) -> Tensor:
         if self.distiller is None:

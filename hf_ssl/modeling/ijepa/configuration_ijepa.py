@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
+from hf_ssl.modeling.shared.configuration import SSLConfig
 from hf_ssl.modeling.shared.multi_block import TRUNCATIONS
 
 
@@ -64,11 +64,6 @@ class IJEPAConfig(SSLConfig):
                 f"predictor_hidden_size {width} must be a multiple of 4 and of its {heads} attention heads; "
                 "change it or predictor_num_attention_heads"
             )
-
-    @property
-    def encoder_config(self) -> SSLViTConfig:
-        """The `backbone_config`, which `require_vit` has found to be our ViT's."""
-        return self.backbone_config  # type: ignore[return-value]
 
     @property
     def predictor_heads(self) -> int:

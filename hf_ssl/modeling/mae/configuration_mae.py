@@ -2,7 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 
-from hf_ssl.modeling.shared.configuration import SSLConfig, SSLViTConfig
+from hf_ssl.modeling.shared.configuration import SSLConfig
 
 
 @strict
@@ -25,11 +25,6 @@ class MAEConfig(SSLConfig):
     def __post_init__(self, **kwargs: object) -> None:
         super().__post_init__(**kwargs)
         self.require_vit()
-
-    @property
-    def encoder_config(self) -> SSLViTConfig:
-        """The `backbone_config`, which `require_vit` has found to be our ViT's."""
-        return self.backbone_config  # type: ignore[return-value]
 
     def validate_ranges(self) -> None:
         """Refuse values outside their range."""

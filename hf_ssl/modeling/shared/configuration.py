@@ -228,6 +228,25 @@ class SSLConfig(PreTrainedConfig):
         """Side of the training images in pixels."""
         return int(self.backbone_config.image_size)  # type: ignore[union-attr]
 
+    @property
+    def encoder_config(self) -> SSLViTConfig:
+        """The `backbone_config` of a method that needs a ViT, which `require_vit` has found to be ours."""
+        return self.backbone_config  # type: ignore[return-value]
+
+    def require_grid_of(self, other: PreTrainedConfig, name: str) -> None:
+        """Raise unless another ViT has as many patches along a side; a CNN tells only when it runs.
+
+        Raises:
+            ValueError: it has more or fewer.
+        """
+        own = self.encoder_config.grid_size
+        if isinstance(other, SSLViTConfig) and other.grid_size != own:
+            there = other.grid_size
+            raise ValueError(
+                f"the {name} has {there} x {there} patches, the encoder trained {own} x {own}; set "
+                "image_size and patch_size so that both have as many"
+            )
+
     def require_vit(self) -> None:
         """Raise unless the backbone is our ViT.
 

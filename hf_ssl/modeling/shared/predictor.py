@@ -1,4 +1,4 @@
-"""A narrow transformer that fills mask tokens into hidden places: MAE's decoder, I-JEPA's predictor.
+"""A light transformer on fixed positions that predicts patches, with mask tokens or without.
 
 Shape suffixes: N = patches, E = width of the predictor.
 """
@@ -21,6 +21,8 @@ class PatchPredictor(nn.Module):
         num_hidden_layers: blocks.
         num_attention_heads: of every block.
         output_size: values predicted for a patch.
+        input_size: width of what is read; None: the encoder's.
+        has_mask_token: whether patches are hidden from it.
     """
 
     def __init__(
@@ -30,6 +32,8 @@ class PatchPredictor(nn.Module):
         num_hidden_layers: int,
         num_attention_heads: int,
         output_size: int,
+        input_size: int | None = None,
+        has_mask_token: bool = True,
     ) -> None:
         super().__init__()
         self.config = SSLViTConfig(
@@ -41,8 +45,9 @@ class PatchPredictor(nn.Module):
             layer_norm_eps=encoder.layer_norm_eps,
             weight_initialization=encoder.weight_initialization,
         )
-        self.embed = nn.Linear(encoder.hidden_size, hidden_size)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
+        self.embed = nn.Linear(input_size or encoder.hidden_size, hidden_size)
+        if has_mask_token:
+            self.mask_token = nn.Parameter(torch.empty(1, 1, hidden_size))
         self.position_embeddings = nn.Parameter(torch.empty(1, self.config.grid_size**2, hidden_size))
         self.layers = SSLViTLayers(self.config)
         self.layernorm = nn.LayerNorm(hidden_size, eps=encoder.layer_norm_eps)
@@ -56,7 +61,8 @@ class PatchPredictor(nn.Module):
 
     def initialize_parameters(self) -> None:
         """Mask token and positions."""
-        init.normal_(self.mask_token, std=0.02)
+        if hasattr(self, "mask_token"):
+            init.normal_(self.mask_token, std=0.02)
         side = self.config.grid_size
         table = sincos_positions(self.config.hidden_size, side, side, first="column", class_token=False)
         init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
