@@ -295,6 +295,12 @@ def transformers_step(name: str, bf16: bool) -> Run:
     return run
 
 
+def sizes_of(vit: Any) -> dict[str, int]:
+    """Of a ViT, as transformers' configs name them."""
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    return {name: getattr(vit, name) for name in names}
+
+
 def transformers_beit(name: str) -> BeitForMaskedImageModeling:
     """Theirs with our sizes."""
     config = config_of(name)
@@ -302,10 +308,7 @@ def transformers_beit(name: str) -> BeitForMaskedImageModeling:
     return BeitForMaskedImageModeling(
         BeitConfig(
             vocab_size=config.vocab_size,
-            hidden_size=vit.hidden_size,
-            num_hidden_layers=vit.num_hidden_layers,
-            num_attention_heads=vit.num_attention_heads,
-            intermediate_size=vit.intermediate_size,
+            **sizes_of(vit),
             use_mask_token=True,
             use_shared_relative_position_bias=True,
             layer_scale_init_value=vit.layer_scale_value,
@@ -320,10 +323,7 @@ def transformers_mae(name: str) -> ViTMAEForPreTraining:
     vit = config.encoder_config
     return ViTMAEForPreTraining(
         ViTMAEConfig(
-            hidden_size=vit.hidden_size,
-            num_hidden_layers=vit.num_hidden_layers,
-            num_attention_heads=vit.num_attention_heads,
-            intermediate_size=vit.intermediate_size,
+            **sizes_of(vit),
             decoder_hidden_size=config.decoder_hidden_size,
             decoder_num_hidden_layers=config.decoder_num_hidden_layers,
             decoder_num_attention_heads=config.decoder_num_attention_heads,

@@ -263,9 +263,7 @@ def with_model_of(recipe: Recipe, config: SSLConfig, processor: SSLImageProcesso
             {key: value for key, value in view.items() if (key, value) != ("size", config.image_size)}
             for view in processor.views
         ]
-    # Through YAML, as every recipe: plain lists, no tuples.
-    adopted = replace(recipe, model=_plain(model), processor=_plain(options))
-    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+    return _adopting(recipe, model, options)
 
 
 def with_backbone_of(recipe: Recipe, backbone: dict[str, Any], statistics: dict[str, Any]) -> Recipe:
@@ -283,8 +281,7 @@ def with_backbone_of(recipe: Recipe, backbone: dict[str, Any], statistics: dict[
         if view["size"] == side:
             del view["size"]  # follows the training size when that is overridden
     model = {**recipe.model, "backbone_config": backbone}
-    adopted = replace(recipe, model=_plain(model), processor=_plain({**statistics, "views": views}))
-    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+    return _adopting(recipe, model, {**statistics, "views": views})
 
 
 def with_distiller_of(recipe: Recipe, config: Any) -> Recipe:
@@ -299,8 +296,7 @@ def with_distiller_of(recipe: Recipe, config: Any) -> Recipe:
     own_backbone = recipe.model.get("backbone_config") or _default_backbone(recipe.method)
     model = recipe.model | shared | {"distiller_config": there}
     model["backbone_config"] = dict(own_backbone) | {"drop_path_rate": 0.0}
-    adopted = replace(recipe, model=_plain(model))
-    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+    return _adopting(recipe, model, recipe.processor)
 
 
 def with_distilled_encoder(recipe: Recipe, backbone: dict[str, Any], statistics: dict[str, Any]) -> Recipe:
@@ -312,8 +308,7 @@ def with_distilled_encoder(recipe: Recipe, backbone: dict[str, Any], statistics:
         statistics: `image_mean` and `image_std` that it wants, where known.
     """
     model = recipe.model | {"distiller_config": {"backbone_config": backbone}}
-    adopted = replace(recipe, model=_plain(model), processor=_plain({**recipe.processor, **statistics}))
-    return _build(recipe.name, load_yaml(adopted.to_yaml()))
+    return _adopting(recipe, model, {**statistics, **recipe.processor})
 
 
 def with_tokenizer_of(recipe: Recipe, config: Any, statistics: dict[str, Any]) -> Recipe:
@@ -327,7 +322,12 @@ def with_tokenizer_of(recipe: Recipe, config: Any, statistics: dict[str, Any]) -
     there = _values_with_backbone(config)
     kept = {name: there[name] for name in ("backbone_config", "num_codes", "code_size")}
     model = recipe.model | {"tokenizer_config": kept}
-    adopted = replace(recipe, model=_plain(model), processor=_plain({**recipe.processor, **statistics}))
+    return _adopting(recipe, model, {**statistics, **recipe.processor})
+
+
+def _adopting(recipe: Recipe, model: dict[str, Any], processor: dict[str, Any]) -> Recipe:
+    """The recipe with other sections; through YAML, as every recipe: plain lists, no tuples."""
+    adopted = replace(recipe, model=_plain(model), processor=_plain(processor))
     return _build(recipe.name, load_yaml(adopted.to_yaml()))
 
 

@@ -315,6 +315,14 @@ def test_loss_of_a_fresh_model_is_that_of_a_xavier_decoder():
     assert model(torch.randn(16, 3, 16, 16)).loss.item() == pytest.approx(expected, rel=0.1)
 
 
+def test_the_best_constant_guess_is_that_of_the_hidden_targets():
+    """Perfect where all patches are alike; of unrelated ones no better than their variance."""
+    alike = torch.randn(1, 3, 4, 4).repeat(2, 1, 4, 4)
+    near(ROW.build()(alike).parts["loss_of_mean"], 0.0, 1e-6)
+    unrelated = ROW.build()(torch.randn(64, 3, 16, 16)).parts["loss_of_mean"]
+    assert unrelated.item() == pytest.approx(47 / 48, rel=0.02)  # unbiased variance of 48 values is 1
+
+
 def test_joint_query_key_value_matrix_starts_as_one_xavier_matrix():
     attention = ROW.build(backbone_config={"hidden_size": 128}).student.backbone.layers[0].attention
     bound = math.sqrt(6 / (4 * 128))
