@@ -55,6 +55,8 @@ class SSLViTConfig(PreTrainedConfig):
     image_size: int = 224
     patch_size: int = 16
     num_channels: int = 3
+    num_frames: int = 1  # of a clip; more than one: inputs are clips
+    tubelet_size: int = 1  # consecutive frames of a patch
     hidden_act: str = "gelu"  # exact (erf)
     use_swiglu_ffn: bool = False  # gated MLP of DINOv2's giant model
     qkv_bias: bool = True
@@ -63,7 +65,8 @@ class SSLViTConfig(PreTrainedConfig):
     use_class_token: bool = True
     num_register_tokens: int = 0  # arXiv 2309.16588
     use_mask_token: bool = False
-    # or "sincos_row_first" (MoCo v3), "sincos_column_first" (MAE), "none" (BEiT)
+    # or "sincos_row_first" (MoCo v3; V-JEPA in three dimensions), "sincos_column_first" (MAE), "none" (BEiT),
+    # "rope": queries and keys turned by time, row and column (V-JEPA 2)
     position_embedding_type: str = "learned"
     use_shared_relative_position_bias: bool = False  # one table of all layers, added to their scores (BEiT)
     # How positions are resized to another grid. 0.1 shifts them as published DINO and DINOv2 features have
@@ -108,7 +111,7 @@ class SSLViTConfig(PreTrainedConfig):
     def validate_choices(self) -> None:
         """Refuse unknown position embeddings and initialisations."""
         choices = {
-            "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first", "none"),
+            "position_embedding_type": ("learned", "sincos_row_first", "sincos_column_first", "none", "rope"),
             "weight_initialization": (
                 "trunc_normal",
                 "trunc_normal_linears",
@@ -121,6 +124,39 @@ class SSLViTConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got '{getattr(self, name)}'")
 
+    def validate_clips(self) -> None:
+        """Refuse clips that are not cut into whole patches, and what no position of a clip is known for."""
+        if self.tubelet_size < 1 or self.num_frames % self.tubelet_size or self.num_frames < 1:
+            raise ValueError(
+                f"num_frames {self.num_frames} must be a multiple of tubelet_size {self.tubelet_size}, both "
+                "at least 1"
+            )
+        if not self.is_video and self.position_embedding_type != "rope":
+            return
+        if self.position_embedding_type not in ("rope", "sincos_row_first"):
+            raise ValueError(
+                f"clips have no positions of type '{self.position_embedding_type}'; use rope or "
+                "sincos_row_first"
+            )
+        if self.num_prefix_tokens or self.use_shared_relative_position_bias:
+            raise ValueError(
+                "clips and rope need a backbone of patches alone; set use_class_token=False, "
+                "num_register_tokens=0 and use_shared_relative_position_bias=False"
+            )
+
+    def validate_rotations(self) -> None:
+        """Refuse heads too narrow for three axes, and dropped samples, whose turns would stay."""
+        if self.position_embedding_type != "rope":
+            return
+        head_dim = self.hidden_size // self.num_attention_heads
+        if head_dim < 6 or head_dim % 2:
+            raise ValueError(
+                f"rope needs heads of an even width of at least 6, got {head_dim}; change hidden_size or "
+                "num_attention_heads"
+            )
+        if self.drop_path_rate > 0.1:
+            raise ValueError(f"rope takes a drop_path_rate of at most 0.1, got {self.drop_path_rate}")
+
     def validate_relative_positions(self) -> None:
         """Refuse what a table of relative positions does not know."""
         if self.use_shared_relative_position_bias and (self.num_register_tokens or not self.use_class_token):
@@ -131,9 +167,10 @@ class SSLViTConfig(PreTrainedConfig):
 
     def describe(self) -> str:
         """The network in a few words."""
+        clips = f", {self.num_frames} frames in patches of {self.tubelet_size}" if self.is_video else ""
         return (
             f"ViT of width {self.hidden_size}, {self.num_hidden_layers} layers, patch {self.patch_size} "
-            f"at {self.image_size} px"
+            f"at {self.image_size} px{clips}"
         )
 
     @property
@@ -145,6 +182,16 @@ class SSLViTConfig(PreTrainedConfig):
     def grid_size(self) -> int:
         """Patches along one side of an image of `image_size`."""
         return self.image_size // self.patch_size
+
+    @property
+    def is_video(self) -> bool:
+        """Whether inputs are clips."""
+        return self.num_frames > 1
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image, or of a clip of `num_frames`."""
+        return self.num_frames // self.tubelet_size * self.grid_size**2
 
 
 @strict

@@ -14,9 +14,9 @@ from transformers import initialization as init
 
 
 def set_weight_initialization(module: nn.Module, rule: str) -> None:
-    """Let every Linear and Conv2d under `module` start by the named rule."""
+    """Let every Linear and convolution under `module` start by the named rule."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.Conv3d):
             layer.weight_initialization = rule  # type: ignore[assignment]
 
 
@@ -25,13 +25,13 @@ def initialize_module(module: nn.Module) -> None:
     """Initialise the tensors that `module` itself holds; tensors loaded from a checkpoint are left alone."""
     if hasattr(module, "initialize_parameters"):
         module.initialize_parameters()  # type: ignore[operator]
-    elif isinstance(module, nn.Linear | nn.Conv2d):
+    elif isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
         _initialize_linear(module, getattr(module, "weight_initialization", "torch"))
     elif isinstance(module, nn.LayerNorm) or hasattr(module, "running_mean"):
         _initialize_norm(module)
 
 
-def _initialize_linear(layer: nn.Linear | nn.Conv2d, rule: str) -> None:
+def _initialize_linear(layer: nn.Linear | nn.Conv2d | nn.Conv3d, rule: str) -> None:
     if rule == "torch":
         init.kaiming_uniform_(layer.weight, a=math.sqrt(5))
         if layer.bias is not None:

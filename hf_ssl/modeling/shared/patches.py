@@ -3,8 +3,8 @@
 Targets of a reconstruction are (row, column, channel) inside a patch; the input of a patch embedding (a
 convolution's weight, flattened) is (channel, row, column). Mixing them trains without an error and never
 works.
-Shape suffixes: B = images, C = channels, H, W = pixels, N = patches in row-major order, M = kept patches,
-P = values of a patch.
+Shape suffixes: B = images or clips, T = frames, C = channels, H, W = pixels, N = patches in row-major order
+(of clips: time before row before column), M = kept patches, P = values of a patch.
 """
 
 import torch
@@ -16,6 +16,11 @@ from hf_ssl.modeling.shared.losses import full_precision
 def patch_grid(pixel_values: Tensor, patch_size: int) -> tuple[int, int]:
     """(rows, columns) of patches of images (..., H, W)."""
     return pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size
+
+
+def clip_grid(pixel_values_BTCHW: Tensor, tubelet_size: int, patch_size: int) -> tuple[int, int, int]:
+    """(time steps, rows, columns) of patches of clips."""
+    return pixel_values_BTCHW.shape[1] // tubelet_size, *patch_grid(pixel_values_BTCHW, patch_size)
 
 
 def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
@@ -84,3 +89,33 @@ def gather_pixel_patches(pixel_values_BCHW: Tensor, patch_size: int, kept_index_
         ValueError: height or width is not a multiple of `patch_size`.
     """
     return _select(_split(pixel_values_BCHW, patch_size).permute(0, 2, 4, 1, 3, 5), kept_index_BM)
+
+
+def clip_patches(
+    pixel_values_BTCHW: Tensor, tubelet_size: int, patch_size: int, kept_index_BM: Tensor | None = None
+) -> Tensor:
+    """Pixels of the patches of clips (B, N or M, P) with inner order (channel, frame, row, column).
+
+    Args:
+        pixel_values_BTCHW: clips.
+        tubelet_size: frames of a patch.
+        patch_size: side of a patch.
+        kept_index_BM: indices of the patches wanted, in the order wanted; None: all.
+
+    Raises:
+        ValueError: frames, height or width are not a multiple of the patch's.
+    """
+    frames, _, height, width = pixel_values_BTCHW.shape[1:]
+    if frames % tubelet_size or height % patch_size or width % patch_size:
+        raise ValueError(
+            f"clip of {frames} frames of {height} x {width} pixels is not a multiple of tubelet_size "
+            f"{tubelet_size} and patch_size {patch_size}"
+        )
+    split = pixel_values_BTCHW.unflatten(4, (-1, patch_size)).unflatten(3, (-1, patch_size))
+    patches = split.unflatten(1, (-1, tubelet_size)).permute(0, 1, 4, 6, 3, 2, 5, 7)
+    if kept_index_BM is None:
+        return patches.flatten(4).flatten(1, 3)
+    rows, columns = patches.shape[2:4]
+    clip_B1 = torch.arange(len(patches), device=patches.device)[:, None]
+    place = (kept_index_BM // (rows * columns), kept_index_BM // columns % rows, kept_index_BM % columns)
+    return patches[(clip_B1, *place)].flatten(2)

@@ -1,8 +1,8 @@
-"""Position embeddings of a grid of patches: fixed sine-cosine tables, and resizing of any table.
+"""Positions of a grid of patches: fixed sine-cosine tables, resizing of any table, and rotations.
 
 Vaswani et al. 2017 in two dimensions; half of the width encodes the row, the other half the column. Published
-models disagree on which half comes first, and nothing but the values tells.
-Shape suffixes: N = tokens, D = width.
+models disagree on which half comes first, and nothing but the values tells. Clips have a third axis, time.
+Shape suffixes: B = images or clips, N = tokens, D = width, H = width of an attention head.
 """
 
 import torch
@@ -55,6 +55,60 @@ def _encode(coordinate_N: Tensor, width: int) -> Tensor:
     exponents = torch.arange(width // 2, dtype=torch.float64, device="cpu") / (width // 2)
     angles = coordinate_N[:, None] * 10000.0**-exponents
     return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def sincos_positions_of_clips(width: int, grid: tuple[int, int, int]) -> Tensor:
+    """Fixed table for patches of a clip, time before rows before columns (V-JEPA's `uniform_power`).
+
+    Args:
+        width: width of a token; each axis has twice the rounded-up sixth of it, and what is too much is cut
+            from the end of the columns' part.
+        grid: (time steps, rows, columns) of patches.
+
+    Returns:
+        Table (1, N, width), float32 on the CPU.
+    """
+    axes = torch.meshgrid(
+        *(torch.arange(length, dtype=torch.float64, device="cpu") for length in grid), indexing="ij"
+    )
+    axis_width = 2 * -(-width // 6)
+    table_ND = torch.cat([_encode(axis.flatten(), axis_width) for axis in axes], dim=1)[:, :width]
+    return table_ND[None].float()
+
+
+Rotations = tuple[Tensor, Tensor]
+
+
+def make_rotations(index_BN: Tensor, grid: tuple[int, int, int], head_dim: int) -> Rotations:
+    """By which angles queries and keys are turned, a third of their width for each axis (V-JEPA 2).
+
+    As the authors' code has it, the frequencies are tiled over an axis and not repeated for each of the
+    pairs that are turned; published weights were trained so. What is left of the width is not turned.
+
+    Args:
+        index_BN: places of the tokens in the grid, int64; B may be 1.
+        grid: (time steps, rows, columns) of patches.
+        head_dim: H, even and at least 6.
+
+    Returns:
+        Cosines and sines (B, 1, N, H), float32, or float64 where that is torch's default.
+    """
+    _, rows, columns = grid
+    places = (index_BN // (rows * columns), index_BN // columns % rows, index_BN % columns)
+    half = head_dim // 3 // 2
+    dtype, device = torch.get_default_dtype(), index_BN.device
+    frequencies = 10000.0 ** (-torch.arange(half, dtype=dtype, device=device) / half)
+    parts = [(place[..., None] * frequencies).repeat(1, 1, 2) for place in places]
+    parts.append(torch.zeros(*index_BN.shape, head_dim - 6 * half, dtype=dtype, device=device))
+    angles_B1NH = torch.cat(parts, dim=-1)[:, None]
+    return angles_B1NH.cos(), angles_B1NH.sin()
+
+
+def rotate(states: Tensor, rotations: Rotations) -> Tensor:
+    """Queries or keys (B, heads, N, H), each pair of neighbouring values turned by its angle."""
+    cosines, sines = (part.to(states.dtype) for part in rotations)
+    turned = torch.stack([-states[..., 1::2], states[..., ::2]], dim=-1).flatten(-2)
+    return states * cosines + turned * sines
 
 
 def resize_positions(

@@ -3,9 +3,10 @@
 Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); options of MAE, MoCo v3, DINOv2 as named in
 `SSLViTConfig`. Parameters are named as transformers' `ViTModel` names them in memory, so that an export
 is a copy. Deliberate difference: visible tokens can be gathered before the patch projection
-(`kept_index_BM`), which computes only what a masked encoder needs.
-Shape suffixes in this file: B = images, N = patches, M = visible patches, T = tokens (prefix and patches),
-D = width.
+(`kept_index_BM`), which computes only what a masked encoder needs. Clips (num_frames > 1) have patches of
+several frames and positions in time, as V-JEPA has them.
+Shape suffixes in this file: B = images or clips, N = patches, M = visible patches, T = tokens (prefix and
+patches), D = width.
 """
 
 import math
@@ -23,8 +24,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import without_autocast
-from hf_ssl.modeling.shared.patches import gather_pixel_patches, patch_grid
-from hf_ssl.modeling.shared.positions import resize_positions, sincos_positions
+from hf_ssl.modeling.shared.patches import clip_grid, clip_patches, gather_pixel_patches, patch_grid
+from hf_ssl.modeling.shared.positions import (
+    Rotations,
+    make_rotations,
+    resize_positions,
+    rotate,
+    sincos_positions,
+    sincos_positions_of_clips,
+)
 
 
 def eager_attention_forward(
@@ -53,22 +61,31 @@ class SSLViTPatchEmbeddings(nn.Module):
     def __init__(self, config: SSLViTConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
+        self.tubelet_size = config.tubelet_size if config.is_video else None
         self.num_channels = config.num_channels
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
-        )
+        size = (config.patch_size, config.patch_size)
+        if self.tubelet_size is None:
+            self.projection: nn.Conv2d | nn.Conv3d = nn.Conv2d(
+                config.num_channels, config.hidden_size, size, stride=size
+            )
+        else:
+            tube = (self.tubelet_size, *size)
+            self.projection = nn.Conv3d(config.num_channels, config.hidden_size, tube, stride=tube)
 
     def forward(self, pixel_values: Tensor, kept_index_BM: Tensor | None = None) -> Tensor:
         """Embed all patches (B, N, D) or the chosen ones (B, M, D), in the order of the indices."""
         height, width = pixel_values.shape[-2:]
-        if pixel_values.shape[1] != self.num_channels:
-            raise ValueError(f"expected {self.num_channels} channels, got {pixel_values.shape[1]}")
+        if pixel_values.shape[-3] != self.num_channels:
+            raise ValueError(f"expected {self.num_channels} channels, got {pixel_values.shape[-3]}")
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"image of {height}x{width} pixels is not a multiple of patch_size {self.patch_size}"
             )
         # Here and not in the model: with a float32 teacher the two branches of a half-precision model differ.
         pixel_values = pixel_values.to(self.projection.weight.dtype)
+        if self.tubelet_size is not None:
+            pixels = clip_patches(pixel_values, self.tubelet_size, self.patch_size, kept_index_BM)
+            return nn.functional.linear(pixels, self.projection.weight.flatten(1), self.projection.bias)
         if kept_index_BM is None:
             return self.projection(pixel_values).flatten(2).transpose(1, 2)
         pixels_BMP = gather_pixel_patches(pixel_values, self.patch_size, kept_index_BM)
@@ -90,10 +107,10 @@ class SSLViTEmbeddings(nn.Module):
             else None
         )
         self.mask_token = nn.Parameter(torch.empty(1, 1, width)) if config.use_mask_token else None
-        num_positions = config.grid_size**2 + int(config.use_class_token)
+        num_positions = config.num_patches + int(config.use_class_token)
         self.position_embeddings = (
             nn.Parameter(torch.empty(1, num_positions, width))
-            if config.position_embedding_type != "none"
+            if config.position_embedding_type not in ("none", "rope")
             else None
         )
 
@@ -121,6 +138,9 @@ class SSLViTEmbeddings(nn.Module):
             return
         if config.position_embedding_type == "learned":
             init.trunc_normal_(self.position_embeddings, std=0.02)
+        elif config.is_video:
+            grid = (config.num_frames // config.tubelet_size, config.grid_size, config.grid_size)
+            init.copy_(self.position_embeddings, sincos_positions_of_clips(config.hidden_size, grid))
         else:
             first = "row" if config.position_embedding_type == "sincos_row_first" else "column"
             table = sincos_positions(
@@ -152,6 +172,11 @@ class SSLViTEmbeddings(nn.Module):
         class_token: Tensor | None = self.cls_token
         if self.position_embeddings is not None:
             positions = self.positions(grid)
+            if self.config.is_video and positions.shape[1] != clip_patch_count(pixel_values, self.config):
+                raise ValueError(
+                    f"fixed positions of clips are for {self.config.num_frames} frames of "
+                    f"{self.config.image_size} px; train with rope for other lengths"
+                )
             patch_positions = positions[:, int(self.config.use_class_token) :]
             if kept_index_BM is not None:
                 index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
@@ -169,7 +194,7 @@ class SSLViTEmbeddings(nn.Module):
         """Position table (1, [1 +] N, D) for a patch grid, resized where it is not the training grid."""
         trained = (self.config.grid_size, self.config.grid_size)
         assert self.position_embeddings is not None
-        if grid == trained:
+        if grid == trained or self.config.is_video:
             return self.position_embeddings
         return resize_positions(
             self.position_embeddings,
@@ -179,6 +204,11 @@ class SSLViTEmbeddings(nn.Module):
             offset=self.config.interpolate_offset,
             antialias=self.config.interpolate_antialias,
         )
+
+
+def clip_patch_count(pixel_values_BTCHW: Tensor, config: SSLViTConfig) -> int:
+    """Patches of one of these clips."""
+    return math.prod(clip_grid(pixel_values_BTCHW, config.tubelet_size, config.patch_size))
 
 
 def _cut_normal(tensor: Tensor, std: float) -> Tensor:
@@ -254,14 +284,18 @@ class SSLViTAttention(nn.Module):
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width)
 
-    def forward(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens_BTD: Tensor, bias: Tensor | None = None, rotations: Rotations | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Attended tokens (B, T, D), and the weights (B, heads, T, T) where the implementation has them.
 
-        `bias` (1, heads, T, T) is added to the scores.
+        `bias` (1, heads, T, T) is added to the scores; queries and keys are turned by `rotations`.
         """
         shape = (*tokens_BTD.shape[:2], -1, self.head_dim)
         query = self.q_proj(tokens_BTD).view(shape).transpose(1, 2)
         key = self.k_proj(tokens_BTD).view(shape).transpose(1, 2)
+        if rotations is not None:
+            query, key = rotate(query, rotations), rotate(key, rotations)
         value = self.v_proj(tokens_BTD).view(shape).transpose(1, 2)
         attention: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -360,12 +394,14 @@ class SSLViTLayer(GradientCheckpointingLayer):
         self.layer_scale2 = SSLViTLayerScale(config) if scaled else nn.Identity()
         self.drop_path = SSLViTDropPath(drop_path_rate)
 
-    def forward(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, tokens_BTD: Tensor, bias: Tensor | None = None, rotations: Rotations | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Tokens (B, T, D) and the attention weights (of the samples kept), if there are any."""
         weights: list[Tensor | None] = []
 
         def attend(tokens: Tensor) -> Tensor:
-            attended, attention = self.attention(self.layernorm_before(tokens), bias)
+            attended, attention = self.attention(self.layernorm_before(tokens), bias, rotations)
             weights.append(attention)
             return self.layer_scale1(attended)
 
@@ -386,11 +422,13 @@ class SSLViTLayers(nn.ModuleList):
             rates = [config.drop_path_rate] * depth
         super().__init__(SSLViTLayer(config, rate) for rate in rates)
 
-    def run(self, tokens_BTD: Tensor, bias: Tensor | None = None) -> tuple[list[Tensor], list[Tensor | None]]:
+    def run(
+        self, tokens_BTD: Tensor, bias: Tensor | None = None, rotations: Rotations | None = None
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
         """Tokens after every block, the input first, and the attention weights of every block."""
         states, weights = [tokens_BTD], []
         for layer in self:
-            tokens_BTD, attention = layer(tokens_BTD, bias)
+            tokens_BTD, attention = layer(tokens_BTD, bias, rotations)
             states.append(tokens_BTD)
             weights.append(attention)
         return states, weights
@@ -444,10 +482,11 @@ class SSLViTBackbone(nn.Module):
         output_hidden_states: bool = False,
         output_attentions: bool = False,
     ) -> BaseModelOutputWithPooling:
-        """Encode images.
+        """Encode images or clips.
 
         Args:
-            pixel_values: (B, C, H, W), normalised; H and W are multiples of the patch.
+            pixel_values: (B, C, H, W), normalised; H and W are multiples of the patch. Of a backbone of clips
+                (B, T, C, H, W), T a multiple of the tubelet; an image (B, C, H, W) is a still clip.
             kept_index: (B, M) int64, the patches to encode; None encodes all.
             bool_masked_pos: (B, N) bool, True = replaced by the mask token.
             output_hidden_states: also return the tokens before the final norm, one tensor per block.
@@ -463,12 +502,17 @@ class SSLViTBackbone(nn.Module):
         """
         if output_attentions and self.config._attn_implementation != "eager":
             raise ValueError('attention weights need model.set_attn_implementation("eager")')
-        bias = None
+        bias, rotations = None, None
+        if self.config.is_video and pixel_values.dim() == 4:
+            pixel_values = pixel_values[:, None].expand(-1, self.config.tubelet_size, -1, -1, -1)
+        if self.config.position_embedding_type == "rope":
+            rotations = self.rotations(pixel_values, kept_index)
         if self.shared_position_bias is not None:
             if kept_index is not None:
                 raise ValueError("kept_index and use_shared_relative_position_bias exclude each other")
             bias = self.shared_position_bias(patch_grid(pixel_values, self.config.patch_size))
-        states, weights = self.layers.run(self.embeddings(pixel_values, kept_index, bool_masked_pos), bias)
+        tokens_BTD = self.embeddings(pixel_values, kept_index, bool_masked_pos)
+        states, weights = self.layers.run(tokens_BTD, bias, rotations)
         tokens_BTD = self.layernorm(states[-1])
         return BaseModelOutputWithPooling(
             last_hidden_state=tokens_BTD,
@@ -476,6 +520,15 @@ class SSLViTBackbone(nn.Module):
             hidden_states=tuple(states) if output_hidden_states else None,
             attentions=tuple(weights) if output_attentions else None,  # type: ignore[arg-type]
         )
+
+    def rotations(self, pixel_values: Tensor, kept_index: Tensor | None) -> Rotations:
+        """Turns of the patches of images or clips, all or the chosen ones."""
+        grid = (1, *patch_grid(pixel_values, self.config.patch_size))
+        if self.config.is_video:
+            grid = clip_grid(pixel_values, self.config.tubelet_size, self.config.patch_size)
+        if kept_index is None:
+            kept_index = torch.arange(math.prod(grid), device=pixel_values.device)[None]
+        return make_rotations(kept_index, grid, self.config.hidden_size // self.config.num_attention_heads)
 
     def learning_rate_multipliers(
         self, layer_decay: float, patch_embedding: float
