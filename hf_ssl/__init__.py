@@ -30,6 +30,7 @@ _HOMES = {
     "hf_ssl.modeling.ibot": ("iBOTConfig", "iBOTForPreTraining", "iBOTImageProcessor", "iBOTModel"),
     "hf_ssl.modeling.dinov2": ("DINOv2Config", "DINOv2ForPreTraining", "DINOv2ImageProcessor", "DINOv2Model"),
     "hf_ssl.modeling.ijepa": ("IJEPAConfig", "IJEPAForPreTraining", "IJEPAImageProcessor", "IJEPAModel"),
+    "hf_ssl.modeling.vjepa": ("VJEPAConfig", "VJEPAForPreTraining", "VJEPAImageProcessor", "VJEPAModel"),
     "hf_ssl.modeling.shared.configuration": ("SSLTimmConfig", "SSLViTConfig"),
     "hf_ssl.data": ("load_sample", "open_images"),
     "hf_ssl.training": ("SSLTrainer", "SSLTrainingArguments", "train"),

@@ -36,7 +36,6 @@ ALLOWED = {
 }
 HEAVY = {"timm", "sklearn", "matplotlib", "datasets"}  # imported inside functions only
 EXTRA_FILES = {  # beside the four every method has
-    "vjepa": {"video_processing_vjepa.py"},
     **{name: {f"processing_{name}.py"} for name in ("clip", "siglip", "glip", "flair")},
 }
 LONG_FILE = 400

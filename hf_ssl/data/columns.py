@@ -86,11 +86,19 @@ def _find_image(features: "datasets.Features", named: str, name: str) -> str:
     kinds = {column: _kind(feature) for column, feature in features.items()}
     listing = printable(", ".join(f"{column} ({kind})" for column, kind in kinds.items()))
     if named:
-        if kinds[named] not in ("Image", "file", "binary", "large_binary", "string", "large_string"):
+        if kinds[named] not in (
+            "Image",
+            "Video",
+            "file",
+            "binary",
+            "large_binary",
+            "string",
+            "large_string",
+        ):
             raise DataError(f'column "{named}" of {name} holds no images; it has: {listing}')
         return named
     # Bytes may be images; strings may be their paths, but are so only if somebody says it.
-    for accepted in (["Image"], ["file", "binary", "large_binary"]):
+    for accepted in (["Image"], ["Video"], ["file", "binary", "large_binary"]):
         found = [column for column, kind in kinds.items() if kind in accepted]
         if len(found) > 1:
             several = printable(", ".join(found))

@@ -70,7 +70,7 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
 def _decode_file(data: bytes) -> NDArray[np.uint8]:
     if data[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(data)):
         width, height, num_channels = header
-        _check_size(width, height)
+        check_size(width, height)
         pixels_HWC = _decode_jpeg(data) if num_channels in (1, 3) else None  # 4: CMYK
         if pixels_HWC is not None:
             return pixels_HWC
@@ -125,7 +125,7 @@ def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
     return None
 
 
-def _check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > limit:
         raise BrokenImageError(
@@ -136,7 +136,7 @@ def _check_size(width: int, height: int) -> None:
 
 def _decode_pil(image: Image.Image) -> NDArray[np.uint8]:
     try:
-        _check_size(*image.size)
+        check_size(*image.size)
         image.load()
         if image.mode in ("F", "I"):
             return _decode_array(_as_uint16(image))

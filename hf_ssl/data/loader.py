@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE
 from hf_ssl.data.columns import DataError
-from hf_ssl.data.decoding import BrokenImageError, decode_image
+from hf_ssl.data.decoding import BrokenImageError
 from hf_ssl.data.readers import ImageSource
 from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 
@@ -37,6 +37,7 @@ BATCH_KEYS = {
     "global": "pixel_values",
     "local": "local_pixel_values",
     "anchor": "anchor_pixel_values",
+    "clip": "pixel_values_videos",
 }
 _REPORT = "report"  # what a worker tells the main process with a batch
 
@@ -47,9 +48,11 @@ ViewOfImages = Tensor | tuple[Tensor, ...]  # one view of all images of a batch
 
 
 class MakesViews(Protocol):
-    """What the loader needs of a `ViewMaker`."""
+    """What the loader needs of a `ViewMaker` or a `ClipMaker`."""
 
     kinds: list[str]  # of every view; those of one kind have one size
+
+    def decode(self, data: Any, seed: Seed) -> Image: ...
 
     def __call__(self, image: Any, seed: Seed) -> list[Tensor]: ...
 
@@ -109,6 +112,7 @@ class TrainLoader:
     Yields dicts:
         pixel_values: uint8 (B, V, C, H, W), in memory (V, B, C, H, W); (B, C, H, W) if there is one global
             view.
+        pixel_values_videos: of a recipe of clips in place of it, uint8 (B, T, C, H, W).
         local_pixel_values, anchor_pixel_values: the same of those views, if there are any, always with V.
         sample_id: int64 (B,), stable: the index of the row in its source, plus the source's number << 48.
         epoch: int64 (B,), the epoch of the row's source.
@@ -264,8 +268,9 @@ class BatchMaker:
                 for row, view_CHW in enumerate(views[number]):
                     buffer_VBCHW[place, row] = view_CHW
             batch[key] = buffer_VBCHW.transpose(0, 1)
-        if len(self._views.get("pixel_values", [])) == 1:
-            batch["pixel_values"] = batch["pixel_values"][:, 0]
+        for key in ("pixel_values", "pixel_values_videos"):
+            if len(self._views.get(key, [])) == 1:
+                batch[key] = batch[key][:, 0]
         return batch
 
     def _first_good(self, slot: Slot, bad: list[tuple[str, str]]) -> tuple[Sample, int, Image | list[Tensor]]:
@@ -276,10 +281,11 @@ class BatchMaker:
             sample_id = (slot.source << SOURCE_BITS) + sample.row_index
             if sample_id not in self._broken:
                 try:
-                    image = decode_image(self._sources[slot.source].load(sample.row))
+                    seed = (self._seed, sample.epoch, sample_id)
+                    image = self._view_maker.decode(self._sources[slot.source].load(sample.row), seed)
                     if max(image.shape) <= MAX_BATCHED_SIDE:
                         return sample, sample_id, image
-                    return sample, sample_id, self._view_maker(image, (self._seed, sample.epoch, sample_id))
+                    return sample, sample_id, self._view_maker(image, seed)
                 except BrokenImageError as error:
                     self._broken[sample_id] = str(error)
             name, reason = self._sources[slot.source].row_name(sample.row_index), self._broken[sample_id]

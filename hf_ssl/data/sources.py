@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["DataError", "ImageSource", "open_images", "pin_revision"]
 
+VIDEO_SUFFIXES = frozenset({".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"})
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .ppm .pgm .pbm .avif .jp2".split()
 )
@@ -154,8 +155,11 @@ def _open_folder(
     if suffixes & {".parquet", ".tar", ".arrow"} or (".zip" in suffixes and not images):
         return _open_named(str(root), str(root), None, split, config_name, wanted, streaming)
     if not images:
+        images = [file for file in files if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES]
+    if not images:
         raise DataError(
-            f"{root} holds no images, {len(files)} other files; give a folder with jpg, png, ... files"
+            f"{root} holds no images, {len(files)} other files; give a folder with jpg, png, ... or mp4, ... "
+            "files"
         )
     tops = {file.split("/", 1)[0] for file in images}
     folders = {SPLIT_FOLDERS[top.lower()]: top for top in tops if top.lower() in SPLIT_FOLDERS}

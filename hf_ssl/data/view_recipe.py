@@ -55,6 +55,13 @@ class TransformSpec(NamedTuple):
     options: dict[str, Any]
 
 
+class FramesSpec(NamedTuple):
+    """Frames of a clip: how many, and every which frame of the video."""
+
+    num_frames: int
+    step: int
+
+
 class ViewSpec(NamedTuple):
     """How one view is drawn; an anchor, which repeats a global view, has no crop of its own."""
 
@@ -96,6 +103,23 @@ def parse_recipe(views: list[dict[str, Any]]) -> list[ViewSpec]:
             f"{counts['anchor']} anchor views cannot repeat {counts['global']} global ones; give as many"
         )
     return specs
+
+
+def parse_frames(views: list[dict[str, Any]]) -> FramesSpec:
+    """The `frames` of a recipe of clips, which has one view.
+
+    Raises:
+        ValueError: there are several views, or a key or a value is wrong.
+    """
+    if len(views) != 1 or views[0].get("count", 1) != 1 or views[0].get("kind", "global") != "global":
+        raise ValueError("a recipe with frames has one global view of a clip, with count 1")
+    where = "views[0].frames"
+    frames = _mapping(_required(views[0], "frames", "views[0]"), where)
+    _check_keys(frames, ("count", "step"), where)
+    return FramesSpec(
+        _integer(_required(frames, "count", where), f"{where}.count"),
+        _integer(frames.get("step", 1), f"{where}.step"),
+    )
 
 
 def _parse_view(entry: Mapping[str, Any], where: str) -> ViewSpec:

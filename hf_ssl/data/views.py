@@ -78,6 +78,10 @@ class ViewMaker:
         self.kinds = [spec.kind for spec in self._specs]
         self._draw_ends = list(itertools.accumulate(num_draws(spec) for spec in self._specs))
 
+    def decode(self, data: EncodedImage, seed: tuple[int, int, int]) -> NDArray[np.uint8]:
+        """What `decode_image` makes of it, whatever the seed."""
+        return decode_image(data)
+
     def __call__(self, image: EncodedImage, seed: tuple[int, int, int]) -> list[Tensor]:
         """Makes all views of an image.
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from hf_ssl.evaluation.features import evaluating, place_inputs
+from hf_ssl.evaluation.features import evaluating, forward_inputs, place_inputs
 
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this side
 AVERAGED_SIDE = 8
@@ -21,6 +21,8 @@ AVERAGED_SIDE = 8
 
 class PixelExtractor:
     """Pixels as features: "32x32" (the image itself if it is that small) and "8x8", averaged.
+
+    Of clips the mean over time, and beside it the mean change between frames, "motion 8x8".
 
     The processor's normalisation is undone, so that the floor is the same for every encoder.
 
@@ -43,8 +45,15 @@ class PixelExtractor:
     def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
         """Features of one batch, `{"32x32": (B, C * 32 * 32), "8x8": (B, C * 8 * 8)}`."""
         pixels_BCHW = pixel_values.float().cpu() * self.std_C11 + self.mean_C11
+        motion = {}
+        if pixels_BCHW.dim() == 5:
+            change_BCHW = pixels_BCHW.diff(dim=1).abs().mean(dim=1)
+            side = f"motion {AVERAGED_SIDE}x{AVERAGED_SIDE}"
+            motion = {side: F.adaptive_avg_pool2d(change_BCHW, AVERAGED_SIDE).flatten(1)}
+            pixels_BCHW = pixels_BCHW.mean(dim=1)
         sides = (min(PIXEL_SIDE, *pixels_BCHW.shape[2:]), AVERAGED_SIDE)
-        return {f"{side}x{side}": F.adaptive_avg_pool2d(pixels_BCHW, side).flatten(1) for side in sides}
+        pixels = {f"{side}x{side}": F.adaptive_avg_pool2d(pixels_BCHW, side).flatten(1) for side in sides}
+        return pixels | motion
 
 
 def random_encoder(encoder: nn.Module, batches: Iterable[Tensor], seed: int = 0) -> nn.Module:
@@ -83,7 +92,7 @@ def estimate_batchnorm_statistics(encoder: nn.Module, batches: Iterable[Tensor])
         return
     with torch.no_grad(), evaluating(encoder), _collecting(norms):
         for pixel_values in batches:
-            encoder(pixel_values=place_inputs(pixel_values, encoder))
+            forward_inputs(encoder, place_inputs(pixel_values, encoder))
     if any(int(norm.num_batches_tracked) == 0 for norm in norms):
         raise ValueError(
             "there are no images to estimate BatchNorm statistics from; check the source and its limit"

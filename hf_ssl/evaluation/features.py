@@ -128,9 +128,9 @@ def default_pools(encoder: nn.Module, pixel_values: Tensor) -> tuple[str, ...]:
 def token_layout(
     encoder: nn.Module, outputs: Any, pixel_values: Tensor
 ) -> tuple[int, tuple[int, int] | None]:
-    """Number of tokens before the patches, and rows and columns of the patches (None for maps)."""
+    """Number of tokens before the patches, and rows and columns of the patches (None for maps and clips)."""
     hidden = outputs.last_hidden_state
-    if hidden.ndim == 4:
+    if hidden.ndim == 4 or pixel_values.ndim == 5:  # a map, or patches of clips, which are not of one grid
         return 0, None
     patch_size = find_patch_size(encoder)
     if patch_size is None:
@@ -239,13 +239,19 @@ class _Float32:
 
 def _forward(encoder: nn.Module, pixel_values: Tensor, output_hidden_states: bool = False) -> Any:
     options = {"output_hidden_states": True} if output_hidden_states else {}
-    outputs = encoder(pixel_values=pixel_values, **options)
+    outputs = forward_inputs(encoder, pixel_values, **options)
     if getattr(outputs, "last_hidden_state", None) is None:
         raise ValueError(
             f"{type(encoder).__name__} returns no last_hidden_state; evaluate the encoder alone, "
             "for instance AutoModel.from_pretrained(folder), not the pre-training model"
         )
     return outputs
+
+
+def forward_inputs(encoder: nn.Module, pixel_values: Tensor, **options: Any) -> Any:
+    """What the encoder makes of images or clips, whichever it takes."""
+    name: Any = getattr(encoder, "main_input_name", "pixel_values")
+    return encoder(**{name: pixel_values}, **options)
 
 
 def place_inputs(pixel_values: Tensor, encoder: nn.Module) -> Tensor:

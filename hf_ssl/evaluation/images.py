@@ -9,7 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from hf_ssl.data.clips import decode_clip, frames_of
 from hf_ssl.data.decoding import BrokenImageError, decode_image
+from hf_ssl.data.view_recipe import FramesSpec
 
 logger = logging.getLogger(__name__)
 
@@ -18,7 +20,7 @@ Source = Any
 
 
 class ImageBatch(NamedTuple):
-    """Some images: (B, C, H, W) float pixel values, (B,) labels or None, and row numbers in the source."""
+    """Images (B, C, H, W) or clips (B, T, C, H, W), float; (B,) labels or None; row numbers in the source."""
 
     pixel_values: Tensor
     labels: Tensor | None
@@ -39,7 +41,8 @@ def read_batches(
 
     Args:
         source: an `ImageSource`, or a sequence of rows.
-        processor: an image processor of transformers.
+        processor: an image processor of transformers; clips are cut from the middle of a video if its views
+            have `frames`.
         batch_size: images a batch; the last one may be smaller.
         limit: at most so many rows.
         start: first row.
@@ -48,18 +51,17 @@ def read_batches(
     Raises:
         ValueError: some rows have a label and some have none.
     """
-    rows = read_rows(source, limit, start, spread)
+    rows, frames = read_rows(source, limit, start, spread), frames_of(processor)
     while chunk := list(islice(rows, batch_size)):
         pictures, labels, row_ids = [], [], []
         for row_id, row in chunk:
-            picture = decode_picture(row["image"], row_id)
+            picture = decode_picture(row["image"], row_id, frames)
             if picture is not None:
                 pictures.append(picture)
                 labels.append(row.get("label"))
                 row_ids.append(row_id)
         if pictures:
-            pixel_values = processor(images=pictures, return_tensors="pt")["pixel_values"]
-            yield ImageBatch(pixel_values, label_tensor(labels, row_ids), row_ids)
+            yield ImageBatch(_processed(pictures, processor), label_tensor(labels, row_ids), row_ids)
 
 
 def source_name(source: Source) -> str:
@@ -105,9 +107,19 @@ def _rows_from(source: Source, limit: int | None, start: int) -> Iterator[Mappin
     return iter(source.rows(limit=limit, start=start))
 
 
-def decode_picture(image: Any, row_id: int) -> Image.Image | None:
-    """RGB picture, or None (with a line in the log) if it cannot be read."""
+def _processed(pictures: list[Any], processor: Any) -> Tensor:
+    if not isinstance(pictures[0], list):
+        return processor(images=pictures, return_tensors="pt")["pixel_values"]
+    frames = [frame for clip in pictures for frame in clip]
+    pixel_values: Tensor = processor(images=frames, return_tensors="pt")["pixel_values"]
+    return pixel_values.unflatten(0, (len(pictures), -1))
+
+
+def decode_picture(image: Any, row_id: int, frames: FramesSpec | None = None) -> Any:
+    """RGB picture, or the list of a clip's, or None (with a line in the log) if it cannot be read."""
     try:
+        if frames is not None:
+            return [Image.fromarray(frame) for frame in decode_clip(image, frames)]
         return Image.fromarray(decode_image(image))
     except BrokenImageError as error:
         logger.warning("row %d left out: %s", row_id, error)

@@ -13,6 +13,7 @@ import torch
 
 from hf_ssl.hub.folders import refuse_foreign_folder, write_whole_folder
 from hf_ssl.hub.landing_timm import land_timm
+from hf_ssl.hub.landing_video import land_video
 from hf_ssl.hub.landing_vit import land_vit
 from hf_ssl.hub.locations import locate
 from hf_ssl.hub.native import Landing, loading_lines
@@ -24,7 +25,8 @@ from hf_ssl.modeling.shared.pretraining import SSLForPreTraining, SSLModel, SSLP
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
 
 REPORT_FILE = "export.json"
-_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", REPORT_FILE)
+_PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
+_FILES = ("config.json", "model.safetensors", *_PROCESSOR_FILES, REPORT_FILE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,8 @@ def export_encoder(
 
 
 def _land(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
+    if isinstance(backbone, SSLViTBackbone) and backbone.config.is_video:
+        return land_video(backbone, processor)
     if isinstance(backbone, SSLViTBackbone):
         return land_vit(backbone, processor)
     return land_timm(backbone, processor)

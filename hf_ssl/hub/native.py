@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+VIDEO_CLASS = "VJEPA2Model"
+
 
 @dataclass
 class Landing:
@@ -16,6 +18,7 @@ class Landing:
         state_names: names of the states that both encoders return for `output_hidden_states`, in order.
         enlargement: how many times the native input is larger than ours, by repeating pixels.
         has_pooled_output: whether the native class returns `pooler_output`.
+        forward_options: what the native class is called with beside its input.
         notes: what a user of the native folder should know.
     """
 
@@ -24,6 +27,7 @@ class Landing:
     state_names: list[str]
     enlargement: int = 1
     has_pooled_output: bool = True
+    forward_options: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -57,10 +61,11 @@ def loading_lines(native_class: str, name: str, from_hub: bool = False) -> list[
         name: folder, or `owner/name`.
         from_hub: whether `name` is a repository.
     """
+    processor = "AutoVideoProcessor" if native_class == VIDEO_CLASS else "AutoImageProcessor"
     lines = [
-        "from transformers import AutoImageProcessor, AutoModel",
+        f"from transformers import {processor}, AutoModel",
         f'model = AutoModel.from_pretrained("{name}")',
-        f'processor = AutoImageProcessor.from_pretrained("{name}")',
+        f'processor = {processor}.from_pretrained("{name}")',
     ]
     if native_class == "TimmWrapperModel":
         lines += [

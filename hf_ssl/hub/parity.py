@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_ssl.hub.native import Landing, processor_geometry
+from hf_ssl.hub.native import VIDEO_CLASS, Landing, processor_geometry
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
@@ -65,11 +65,15 @@ def check_parity(
     images = random_images(backbone.config.num_channels, *processor_geometry(processor)[:2])
     _check_processors(processor, landing, folder, images)
     own_input = _normalized(images, processor)
+    if landing.native_class == VIDEO_CLASS:  # clips whose frames are shifted
+        frames = range(backbone.config.num_frames)
+        own_input = torch.stack([own_input.roll(frame, dims=-1) for frame in frames], dim=1)
     native_input = enlarge(own_input, landing.enlargement)
     own_outputs = _outputs(backbone(own_input), landing)
     if not all(bool(output.isfinite().all()) for output in own_outputs):
         raise ValueError("the encoder's features hold NaN or infinity; export an earlier checkpoint")
-    difference, is_close = _difference(own_outputs, _outputs(native(native_input), landing))
+    native_outputs = _outputs(native(native_input, **landing.forward_options), landing)
+    difference, is_close = _difference(own_outputs, native_outputs)
     if not is_close:
         layer = _first_difference(backbone, native, landing, own_input, native_input)
         raise ValueError(
@@ -127,14 +131,17 @@ def _check_processors(
 ) -> None:
     """Compare the processors on one image; resizing may move a pixel by one grey level."""
     from PIL import Image
-    from transformers import AutoImageProcessor
+    from transformers import AutoImageProcessor, AutoVideoProcessor
 
     if images_BCHW.shape[1] != 3:
         return
     image = Image.fromarray(images_BCHW[0].permute(1, 2, 0).numpy())
     own = processor(image, return_tensors="pt")["pixel_values"]
-    native_processor = AutoImageProcessor.from_pretrained(folder)
-    native = native_processor(image, return_tensors="pt")["pixel_values"]
+    if landing.native_class == VIDEO_CLASS:
+        native_processor = AutoVideoProcessor.from_pretrained(folder)
+        native = native_processor(images_BCHW[:1], return_tensors="pt")["pixel_values_videos"][0]
+    else:
+        native = AutoImageProcessor.from_pretrained(folder)(image, return_tensors="pt")["pixel_values"]
     own = enlarge(own, landing.enlargement)
     grey_level = 1 / 255 / (min(processor.image_std) if processor.do_normalize else 1.0)
     if own.shape != native.shape or not float((own - native).abs().max()) <= 1.01 * grey_level:

@@ -157,6 +157,16 @@ METHODS = {
             "Mahmoud Assran and Quentin Duval and Ishan Misra and Piotr Bojanowski and Pascal Vincent and "
             "Michael Rabbat and Yann LeCun and Nicolas Ballas",
         ),
+        Method(
+            "vjepa",
+            "VJEPA",
+            "joint-embedding prediction",
+            "2404.08471",
+            "predict the momentum teacher's tokens of tubes hidden in a clip",
+            "Revisiting Feature Prediction for Learning Visual Representations from Video",
+            "Adrien Bardes and Quentin Garrido and Jean Ponce and Xinlei Chen and Michael Rabbat and "
+            "Yann LeCun and Mahmoud Assran and Nicolas Ballas",
+        ),
     )
 }
 

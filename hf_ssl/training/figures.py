@@ -10,9 +10,11 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from hf_ssl.data.clips import ClipMaker, decode_clip, frames_of
 from hf_ssl.data.decoding import decode_image
 from hf_ssl.data.readers import load_image
 from hf_ssl.data.sources import open_images
+from hf_ssl.data.view_recipe import FramesSpec
 from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.features import FeatureExtractor
 from hf_ssl.evaluation.images import read_rows
@@ -20,17 +22,20 @@ from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.pictures.agreement import draw_agreement
 from hf_ssl.pictures.attention import draw_attention
+from hf_ssl.pictures.clips import draw_clips
 from hf_ssl.pictures.curves import draw_history
 from hf_ssl.pictures.neighbors import draw_neighbors
 from hf_ssl.pictures.patch_pca import draw_patch_pca
 from hf_ssl.pictures.reconstructions import draw_reconstructions
 from hf_ssl.pictures.tokens import draw_tokens
 from hf_ssl.pictures.views import draw_views
+from hf_ssl.training.micro_batches import normalize_bytes
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import RecipeError, load_recipe
 from hf_ssl.training.run import open_sources
 
 NUM_IMAGES = 6
+NUM_CLIPS = 3
 NUM_NEIGHBORS = 6
 NUM_GALLERY = 1000
 
@@ -57,7 +62,9 @@ class _Figures:
         if self.vit_config is not None:
             self.model.set_attn_implementation("eager")  # which returns its weights
         source = open_sources(self.recipe.data)[0] if images is None else open_images(images)
-        self.images = [_decode(row) for row in _rows(source, NUM_IMAGES)]
+        self.frames = frames_of(self.processor)
+        self.rows = _rows(source, NUM_IMAGES)
+        self.images = [self.decode(row) for row in self.rows]
         self.size = int(self.model.config.image_size) if size is None else size
         self._check(images, size)
 
@@ -93,8 +100,28 @@ class _Figures:
             pixels = self.pixel_values(self.squares(), do_resize=False, do_center_crop=False)
             return self.backbone(pixels, **kwargs)
 
-    def views(self) -> Image.Image:
-        """Training views with their crop boxes."""
+    def decode(self, row: dict[str, Any]) -> Any:
+        """A row's image, or the middle frame of its video."""
+        data = load_image(row["image"])
+        return decode_image(data) if self.frames is None else decode_clip(data, FramesSpec(1, 1))[0]
+
+    def clips(self) -> Image.Image | None:
+        """Clips, what tubes leave of them, and predicted beside true tokens; for methods of video."""
+        if self.frames is None:
+            return None
+        maker, seed = ClipMaker(self.processor.views), int(self.recipe.training.get("seed", 42))
+        seeds = [(seed, 0, number) for number in range(NUM_CLIPS)]
+        data = [load_image(row["image"]) for row in self.rows[:NUM_CLIPS]]
+        decoded = [maker.decode(clip, each) for clip, each in zip(data, seeds, strict=False)]
+        [clips] = maker.make_batch(decoded, seeds[: len(decoded)])
+        pixels = normalize_bytes(clips, self.processor.image_mean, self.processor.image_std)
+        kinds, grid = self.model.agreement_of_clips(pixels)
+        return draw_clips(clips, kinds, grid)
+
+    def views(self) -> Image.Image | None:
+        """Training views with their crop boxes; of images."""
+        if self.frames is not None:
+            return None
         seed = int(self.recipe.training.get("seed", 42))
         return draw_views(self.images[:4], ViewMaker(self.processor.views), seed)
 
@@ -102,7 +129,7 @@ class _Figures:
         """Hidden patches and what the decoder makes of them; for methods that predict pixels."""
         pixel_values = self.pixel_values(self.images)
         views = self.processor.views
-        if len(views) != 1 or views[0]["count"] != 1:
+        if len(views) != 1 or views[0]["count"] != 1 or self.frames is not None:
             return None
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -167,8 +194,8 @@ class _Figures:
     def neighbors(self) -> Image.Image:
         """Nearest images by the encoder's features; with labels where there are any."""
         gallery_rows, query_rows, names = self._gallery()
-        gallery = [_decode(row) for row in gallery_rows]
-        queries = [_decode(row) for row in query_rows]
+        gallery = [self.decode(row) for row in gallery_rows]
+        queries = [self.decode(row) for row in query_rows]
         normalize = torch.nn.functional.normalize
         similarity = normalize(self._features(queries), dim=1) @ normalize(self._features(gallery), dim=1).T
         values, indices = similarity.topk(min(NUM_NEIGHBORS, len(gallery)), dim=1)
@@ -215,10 +242,6 @@ def _rows(source: Any, limit: int) -> list[Any]:
     return [row for _, row in read_rows(source, limit)]
 
 
-def _decode(row: dict[str, Any]) -> Any:
-    return decode_image(load_image(row["image"]))
-
-
 def draw_run(
     run: str, output_dir: str | None = None, images: str | None = None, size: int | None = None
 ) -> list[Path]:
@@ -253,7 +276,12 @@ def draw_run(
         "attention": figures.attention,
     }
     if images is None:
-        drawings |= {"views": figures.views, "neighbors": figures.neighbors, "curves": figures.curves}
+        drawings |= {
+            "views": figures.views,
+            "clips": figures.clips,
+            "neighbors": figures.neighbors,
+            "curves": figures.curves,
+        }
     target.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in drawings.items():

@@ -13,8 +13,8 @@ def model_inputs(batches: list[Batch], rank: int, world_size: int) -> list[Batch
     """What forwards take of the batches; row i of micro-batch j is number (j * W + r) * B + i of the step."""
     numbered = []
     for index, batch in enumerate(batches):
-        inputs = {name: value for name, value in batch.items() if name.endswith("pixel_values")}
-        size = len(inputs["pixel_values"])
+        inputs = {name: value for name, value in batch.items() if "pixel_values" in name}
+        size = len(next(iter(inputs.values())))
         first = (index * world_size + rank) * size
         numbered.append(inputs | {"row_index": torch.arange(first, first + size)})
     return numbered

@@ -25,9 +25,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from hf_ssl.data.clips import make_view_maker
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
-from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.health import effective_rank
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
@@ -92,7 +92,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
     ) -> None:
         self.sources = train_dataset if isinstance(train_dataset, list) else [train_dataset]
         self.weights = weights
-        self.view_maker = ViewMaker(processing_class.views)
+        self.view_maker = make_view_maker(processing_class.views)
         self.probe = probe
         self.floors: dict[str, float] = {}
         self._step_batches: list[dict[str, Tensor]] = []

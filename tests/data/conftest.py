@@ -8,6 +8,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -34,6 +35,9 @@ class NumberedViews:
     """Stands in for a `ViewMaker`: two global views that keep the number, one local, all with noise."""
 
     kinds = ["global", "local", "global"]
+
+    def decode(self, data: Any, seed: tuple[int, int, int]) -> NDArray[np.uint8]:
+        return decode_image(data)
 
     def __call__(self, image: Any, seed: tuple[int, int, int]) -> list[Tensor]:
         image_CHW = torch.from_numpy(decode_image(image)[:SIDE, :SIDE].copy()).permute(2, 0, 1)

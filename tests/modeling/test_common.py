@@ -40,7 +40,11 @@ queue_rows = rows([row for row in TINY_METHODS if row.method == "moco"])
 def fixed_forward(model: SSLForPreTraining, pixels: Tensor) -> SSLOutput:
     """A forward whose masks depend on the rows alone."""
     model.begin_step(0, 10, seed=3)
-    batch = {"pixel_values": pixels, "row_index": torch.arange(len(pixels)), **local_views(model, pixels)}
+    batch = {
+        model.main_input_name: pixels,
+        "row_index": torch.arange(len(pixels)),
+        **local_views(model, pixels),
+    }
     with torch.no_grad():
         model.prepare_step([batch])
     return model(**batch)
@@ -536,9 +540,10 @@ def test_processor_travels_with_its_views(row, tmp_path):
 
 @every_method
 def test_views_are_what_the_view_maker_takes_and_as_many_as_the_method_wants(row):
-    from hf_ssl.data.views import ViewMaker
+    from hf_ssl.data.clips import make_view_maker
 
     for image_size in (32, 96):
-        maker = ViewMaker(METHODS[row.method].processor_class.default_views(image_size))
-        sizes = [size for size, kind in zip(maker.sizes, maker.kinds, strict=True) if kind == "global"]
+        maker = make_view_maker(METHODS[row.method].processor_class.default_views(image_size))
+        wanted = ("global", "clip")
+        sizes = [size for size, kind in zip(maker.sizes, maker.kinds, strict=True) if kind in wanted]
         assert sizes == [image_size] * max(row.num_views, 1)

@@ -42,6 +42,24 @@ TINY_PREDICTOR = {
     "min_context_patches": 2,
     "target_scale": [0.2, 0.4],
 }
+TINY_CLIPS = {
+    "model_type": "hf_ssl_vit",
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 4,
+    "num_frames": 4,
+    "tubelet_size": 2,
+    "weight_initialization": "xavier_uniform",  # at this width the method's own starts with hardly any signal
+}
+TINY_CLIP_PREDICTOR = {
+    "predictor_hidden_size": 12,
+    "predictor_num_hidden_layers": 2,
+    "predictor_num_attention_heads": 2,
+    "mask_num_tubes": [2, 1],
+    "mask_scales": [0.2, 0.5],
+}
 
 
 @dataclass(frozen=True)
@@ -77,7 +95,12 @@ class TinyMethod:
     @property
     def teacher_has_head(self) -> bool:
         """Whether the copy has the student's head too."""
-        return self.has_teacher and self.method != "ijepa"
+        return self.has_teacher and self.method not in ("ijepa", "vjepa")
+
+    @property
+    def input_name(self) -> str:
+        """The batch's name of images or clips."""
+        return str(METHODS[self.method].pretraining_class.main_input_name)
 
     @property
     def published(self) -> str:
@@ -116,6 +139,12 @@ class TinyMethod:
         """A batch as the method takes it: every view is the image with its own noise."""
         generator = torch.Generator().manual_seed(seed)
         side = self.image_size
+        if frames := self.backbone.get("num_frames"):
+            noise = torch.randn(num_images, frames, 3, side, side, generator=generator, dtype=dtype)
+            coarse = torch.randn(
+                num_images, 3, 4, 4, generator=generator, dtype=dtype
+            )  # neighbours are alike
+            return torch.nn.functional.interpolate(coarse, side, mode="bilinear")[:, None] + 0.1 * noise
         image = torch.randn(num_images, 1, 3, side, side, generator=generator, dtype=dtype)
         if not self.num_views:
             return image[:, 0]
@@ -125,7 +154,7 @@ class TinyMethod:
     def batch(self, num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The images as the inputs of `forward` that a loader gives."""
         pixels = self.images(num_images, seed, dtype)
-        return {"pixel_values": pixels, **local_views(METHODS[self.method].pretraining_class, pixels)}
+        return {self.input_name: pixels, **local_views(METHODS[self.method].pretraining_class, pixels)}
 
 
 TINY_METHODS = [
@@ -253,6 +282,7 @@ TINY_METHODS = [
         {**TINY_PREDICTOR, "loss": "l2", "truncation": "random", "reach_last_row": True, "num_targets": 2},
         num_views=0,
     ),
+    TinyMethod("vjepa", "vjepa", TINY_CLIPS, TINY_CLIP_PREDICTOR, num_views=0),
 ]
 BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
@@ -269,6 +299,7 @@ ONE_OF_EACH = [
         "ibot",
         "dinov2",
         "ijepa",
+        "vjepa",
     )  # fmt: skip
 ]
 
@@ -287,7 +318,7 @@ def run_step(
     for index, pixels in enumerate(micro_batches):
         first_row = (index * num_processes + rank) * len(pixels)
         rows = torch.arange(first_row, first_row + len(pixels))
-        batches.append({"pixel_values": pixels, "row_index": rows, **local_views(model, pixels)})
+        batches.append({model.main_input_name: pixels, "row_index": rows, **local_views(model, pixels)})
     model.begin_step(step, total_steps, seed=3)
     with torch.no_grad():
         model.prepare_step(batches)

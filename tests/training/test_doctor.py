@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForPreTraining
 
 from hf_ssl.modeling import METHODS
-from hf_ssl.modeling.ijepa import modeling_ijepa
+from hf_ssl.modeling.shared import joint_embedding
 from hf_ssl.modeling.shared.centering import PrototypeCenter
 from hf_ssl.modeling.shared.codebook import Codebook
 from hf_ssl.modeling.shared.teacher import relative_distance
@@ -270,7 +270,7 @@ def test_a_broken_run_is_told_while_it_goes_on_and_afterwards(
             Codebook, "nearest", lambda self, vectors: torch.zeros(len(vectors), dtype=torch.long)
         )
     if name == "collapsed targets":
-        monkeypatch.setattr(modeling_ijepa, "update_teacher", shrink)
+        monkeypatch.setattr(joint_embedding, "update_teacher", shrink)
     method = METHOD_OF.get(name, "dino")
     options = {"tokenizer": request.getfixturevalue("tokenizer")} if method == "beit" else {}
     run = short(tmp_path / "run", method, **BROKEN[name], **options)

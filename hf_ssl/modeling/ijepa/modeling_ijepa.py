@@ -14,17 +14,16 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from hf_ssl.modeling.shared.backbone import build_backbone
 from hf_ssl.modeling.shared.distributed import world_size
+from hf_ssl.modeling.shared.joint_embedding import JointEmbeddingForPreTraining, gather_tokens
 from hf_ssl.modeling.shared.losses import full_precision, without_autocast
 from hf_ssl.modeling.shared.multi_block import BlockMasks, draw_block_masks
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import patch_grid
 from hf_ssl.modeling.shared.predictor import PatchPredictor
-from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, SSLForPreTraining, SSLModel, generator_of_step
-from hf_ssl.modeling.shared.teacher import linear_momentum, update_teacher
+from hf_ssl.modeling.shared.pretraining import SSLModel, generator_of_step
 
 from .configuration_ijepa import IJEPAConfig
 
@@ -72,51 +71,17 @@ class IJEPAPredictor(PatchPredictor):
         return self.predict(self.layernorm(states[-1][:, context.shape[1] :]))
 
 
-class IJEPABranch(nn.Module):
-    """A backbone, with the predictor in the student alone."""
-
-    def __init__(self, config: IJEPAConfig, *, has_head: bool) -> None:
-        super().__init__()
-        self.backbone = build_backbone(config.backbone_config)
-        if has_head:
-            self.head = IJEPAPredictor(config)
-
-
-class IJEPAForPreTraining(SSLForPreTraining):
+class IJEPAForPreTraining(JointEmbeddingForPreTraining):
     """Student with predictor, teacher, masks and the loss."""
 
     config_class = IJEPAConfig
-    base_model_prefix = "teacher"
-    _keep_in_fp32_modules_strict = [TEACHER_TENSORS]
     config: IJEPAConfig
-    student: IJEPABranch
-    teacher: IJEPABranch
 
-    def __init__(self, config: IJEPAConfig) -> None:
-        super().__init__(config)
-        self.student = IJEPABranch(config, has_head=True)
-        self.teacher = IJEPABranch(config, has_head=False)
-        self._teacher_momentum = float(config.teacher_momentum)
-        self._mask_seed = (0, 0)
-        self._masks_of_step: BlockMasks | None = None
-        self.finish_construction()
-        self.train(self.training)
+    def build_predictor(self) -> IJEPAPredictor:
+        """The student's head."""
+        return IJEPAPredictor(self.config)
 
-    def train(self, mode: bool = True) -> "IJEPAForPreTraining":
-        """The teacher stays in eval mode, so that no drop path blurs its targets."""
-        super().train(mode)
-        self.teacher.eval()
-        return self
-
-    # The step
-
-    def begin_step(self, step: int, total_steps: int, seed: int = 0) -> None:
-        """Momentum of the teacher; masks of a step depend on (seed, step) and the row alone."""
-        self._teacher_momentum = linear_momentum(
-            step, total_steps, self.config.teacher_momentum, self.config.teacher_momentum_end
-        )
-        self._mask_seed = (seed, step)
-        self._masks_of_step = None
+    # The masks
 
     def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
         """Draw the masks of all rows of the step, the same on every process."""
@@ -145,20 +110,6 @@ class IJEPAForPreTraining(SSLForPreTraining):
 
     def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
         return patch_grid(pixel_values, self.config.encoder_config.patch_size)
-
-    def end_step(self, updates: list[dict[str, Tensor]]) -> None:
-        """Move the teacher towards the student that the optimizer has just changed."""
-        self._masks_of_step = None
-        update_teacher(self.teacher, self.student, self._teacher_momentum)
-
-    def check_global_batch(self, global_batch_size: int) -> None:
-        """Refuse a batch that has no whole groups."""
-        size = self.config.mask_group_size
-        if size and global_batch_size % size:
-            raise ValueError(
-                f"mask_group_size {size} does not divide the global batch {global_batch_size}; give one that "
-                "does and is a multiple of the micro-batch, or leave it out"
-            )
 
     # The loss
 
@@ -248,12 +199,9 @@ class IJEPAForPreTraining(SSLForPreTraining):
 
     @torch.no_grad()
     def _targets(self, pixel_values: Tensor, target_index_TBM: Tensor) -> Tensor:
-        """The teacher's tokens (T * B, M, D) of the whole image, each to mean 0 and variance 1."""
-        tokens_BND = self.teacher.backbone(pixel_values).last_hidden_state
-        with without_autocast(tokens_BND):
-            tokens_BND = F.layer_norm(full_precision(tokens_BND), tokens_BND.shape[-1:])
-        image_B1 = torch.arange(len(tokens_BND), device=tokens_BND.device)[:, None]
-        return tokens_BND[image_B1, target_index_TBM].flatten(0, 1)
+        """The teacher's tokens (T * B, M, D) of the blocks."""
+        tokens_BND = self.teacher_tokens(pixel_values)
+        return torch.cat([gather_tokens(tokens_BND, index_BM) for index_BM in target_index_TBM])
 
     def _loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         with without_autocast(predictions):
@@ -266,7 +214,7 @@ class IJEPAForPreTraining(SSLForPreTraining):
         rows_RD = targets.flatten(0, 1)
         mean_D = rows_RD.mean(dim=0)
         return {
-            "target_std": rows_RD.std(dim=0, correction=0).mean(),
+            "target_std": self.target_std(targets),
             "loss_of_mean": self._loss(mean_D.expand_as(rows_RD), rows_RD),
             "context_length": targets.new_tensor(float(context_index_BK.shape[1])),
             "target_length": targets.new_tensor(float(targets.shape[1])),

@@ -113,6 +113,11 @@ def view(
     return {"count": count, "kind": kind, "size": size, "crop": crop_spec, "transforms": transforms}
 
 
+def clip(image_size: int, crop_spec: dict[str, Any], count: int, step: int) -> dict[str, Any]:
+    """The view of a clip: `count` frames, every `step`-th of the video; one crop and flip for all of them."""
+    return view(image_size, crop_spec, [flip()]) | {"frames": {"count": count, "step": step}}
+
+
 def multi_crop_views(
     image_size: int,
     *,

@@ -1,0 +1,176 @@
+"""Clips: some frames of a video at even distances, and views of them.
+
+Of a video only the frames up to the last one wanted are decoded, from the key frame before the first one on,
+and only those wanted become pixels. One box, one flip and one change of colour hold for all frames of a view.
+A video that is too short for the distance has a smaller one; one with too few frames repeats its last; an
+image is a clip that stands still. Videos are decoded by PyAV (the extra `video`), with one thread and always
+closed: a container left open makes forked workers hang.
+Shape suffixes: T = frames, C = channels, H, W = height, width, S = side of a view.
+"""
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
+from hf_ssl.data.columns import DataError, printable
+from hf_ssl.data.decoding import BrokenImageError, check_size, decode_image
+from hf_ssl.data.view_recipe import FramesSpec, parse_frames
+from hf_ssl.data.views import ViewMaker, make_view
+
+Seed = tuple[int, int, int]
+Frames = NDArray[np.uint8]  # (T, H, W, 3)
+
+
+def decode_clip(data: Any, frames: FramesSpec, place: float = 0.5) -> Frames:
+    """Frames of a video.
+
+    Args:
+        data: the bytes of a video's file; an array (T, H, W, 3) of uint8; or whatever `decode_image` takes.
+        frames: how many, and at what distance.
+        place: where the clip lies in the video: 0 at its start, 1 at its end.
+
+    Returns:
+        uint8 (T, H, W, 3) with T = `frames.num_frames`.
+
+    Raises:
+        BrokenImageError: the video cannot be decoded, or its pictures are too large.
+        DataError: PyAV is not installed.
+    """
+    if isinstance(data, np.ndarray) and data.ndim == 4:
+        return data[_chosen(len(data), frames, place)]
+    if isinstance(data, (bytes, bytearray, memoryview)) and _is_video(bytes(data[:12])):
+        return _decode_video(bytes(data), frames, place)
+    return np.repeat(decode_image(data)[None], frames.num_frames, axis=0)
+
+
+def _is_video(start: bytes) -> bool:
+    is_quicktime = start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free")
+    is_picture_in_it = start[8:12] in (b"avif", b"avis", b"heic", b"mif1")
+    is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
+    return (is_quicktime and not is_picture_in_it) or is_avi or start[:4] == b"\x1aE\xdf\xa3"  # Matroska
+
+
+def _chosen(num_frames: int, frames: FramesSpec, place: float) -> list[int]:
+    """Numbers of the frames of a clip."""
+    step = frames.step
+    if frames.num_frames > 1:
+        step = max(min(step, (num_frames - 1) // (frames.num_frames - 1)), 1)
+    span = (frames.num_frames - 1) * step + 1
+    start = round(place * max(num_frames - span, 0))
+    return [min(start + number * step, num_frames - 1) for number in range(frames.num_frames)]
+
+
+def _decode_video(data: bytes, frames: FramesSpec, place: float) -> Frames:
+    try:
+        import av
+    except ImportError as error:
+        raise DataError('videos need PyAV; install it with pip install "hf-ssl[video]"') from error
+    try:
+        with av.open(io.BytesIO(data), mode="r") as container:
+            stream = container.streams.video[0]
+            stream.thread_count = 1
+            check_size(stream.width, stream.height)
+            num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
+            if not num_frames:
+                raise BrokenImageError("the video has no frames")
+            numbers = _chosen(num_frames, frames, place)
+            return np.stack(_read_frames(container, stream, numbers))
+    except BrokenImageError:
+        raise
+    except (av.error.FFmpegError, IndexError, ValueError, OverflowError, MemoryError) as error:
+        raise BrokenImageError(f"cannot decode the video: {printable(str(error) or repr(error))}") from error
+
+
+def _read_frames(container: Any, stream: Any, numbers: list[int]) -> list[NDArray[np.uint8]]:
+    """Pixels of the frames with these rising numbers; of a video cut short, the last is repeated."""
+    first = stream.start_time or 0
+    ticks = 1 / (stream.average_rate * stream.time_base) if stream.average_rate else None
+    # Without a rate times tell nothing: all is decoded from the start on.
+    container.seek(first + int(numbers[0] * ticks) if ticks else first, stream=stream)
+    wanted = set(numbers)
+    pixels: dict[int, NDArray[np.uint8]] = {}
+    for place, frame in enumerate(container.decode(stream)):
+        number = round((frame.pts - first) / ticks) if ticks and frame.pts is not None else place
+        if number in wanted:
+            pixels[number] = _pixels_of(frame)
+        if number >= numbers[-1]:
+            break
+    if not pixels:
+        raise BrokenImageError("none of the video's frames can be decoded")
+    chosen, last = [], pixels[min(pixels)]
+    for number in numbers:
+        last = pixels.get(number, last)
+        chosen.append(last)
+    return chosen
+
+
+def _pixels_of(frame: Any) -> NDArray[np.uint8]:
+    pixels: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    return pixels
+
+
+class ClipMaker:
+    """Makes one view of a clip, or of many.
+
+    Args:
+        views: the recipe, whose one entry has `frames`.
+
+    Attributes:
+        frames: how many frames, at what distance.
+        num_views: 1.
+        sizes: side of the view.
+        kinds: "clip".
+        compiled: never.
+
+    Raises:
+        ValueError: the recipe is wrong; the message says where.
+    """
+
+    num_views = 1
+    kinds = ["clip"]
+    compiled = False
+
+    def __init__(self, views: list[dict[str, Any]]) -> None:
+        self.frames = parse_frames(views)
+        self._views = ViewMaker([{key: views[0][key] for key in views[0] if key != "frames"}], compiled=False)
+        self.sizes = self._views.sizes
+
+    def decode(self, data: Any, seed: Seed) -> Frames:
+        """Frames (T, H, W, 3) of a clip whose place in the video the seed draws."""
+        run_seed, epoch, sample_id = seed
+        # Another counter than that of the views' draws.
+        key, counter = (
+            np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, 1))
+        )
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return decode_clip(data, self.frames, generator.random())
+
+    def __call__(self, image: Frames, seed: Seed) -> list[Tensor]:
+        """The view of a decoded clip (T, H, W, 3): [uint8 (T, 3, S, S)]."""
+        height, width = image.shape[1:3]
+        [parameters] = self._views.draw(height, width, seed)
+        if max(height, width) <= MAX_BATCHED_SIDE:
+            return [make_views(torch.from_numpy(image), [parameters] * len(image))]
+        return [torch.stack([make_view(frame_HWC, parameters) for frame_HWC in image])]
+
+    def make_batch(self, images: Sequence[Frames], seeds: Sequence[Seed]) -> list[Tensor]:
+        """The views of many decoded clips: [uint8 (clips, T, 3, S, S)]."""
+        return [torch.stack([self(clip, seed)[0] for clip, seed in zip(images, seeds, strict=True)])]
+
+
+def frames_of(processor: Any) -> FramesSpec | None:
+    """How clips are cut, for a processor that was made for clips."""
+    views = getattr(processor, "views", None)
+    return parse_frames(views) if views and "frames" in views[0] else None
+
+
+def make_view_maker(views: list[dict[str, Any]]) -> ViewMaker | ClipMaker:
+    """The maker that a recipe asks for: of clips where its entry has `frames`, else of images."""
+    is_clip = bool(views) and isinstance(views[0], dict) and "frames" in views[0]
+    return ClipMaker(views) if is_clip else ViewMaker(views)
