@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
 from hf_ssl.data.columns import DataError, printable
-from hf_ssl.data.decoding import BrokenImageError, check_size, decode_image
+from hf_ssl.data.decoding import BrokenImageError, check_size, decode_image, is_video
 from hf_ssl.data.view_recipe import FramesSpec, parse_frames
 from hf_ssl.data.views import ViewMaker, make_view
 
@@ -44,16 +44,9 @@ def decode_clip(data: Any, frames: FramesSpec, place: float = 0.5) -> Frames:
     """
     if isinstance(data, np.ndarray) and data.ndim == 4:
         return data[_chosen(len(data), frames, place)]
-    if isinstance(data, (bytes, bytearray, memoryview)) and _is_video(bytes(data[:12])):
+    if isinstance(data, (bytes, bytearray, memoryview)) and is_video(bytes(data[:12])):
         return _decode_video(bytes(data), frames, place)
     return np.repeat(decode_image(data)[None], frames.num_frames, axis=0)
-
-
-def _is_video(start: bytes) -> bool:
-    is_quicktime = start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free")
-    is_picture_in_it = start[8:12] in (b"avif", b"avis", b"heic", b"mif1")
-    is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
-    return (is_quicktime and not is_picture_in_it) or is_avi or start[:4] == b"\x1aE\xdf\xa3"  # Matroska
 
 
 def _chosen(num_frames: int, frames: FramesSpec, place: float) -> list[int]:

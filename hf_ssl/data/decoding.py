@@ -67,6 +67,14 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
     )
 
 
+def is_video(start: bytes) -> bool:
+    """Whether the first 12 bytes of a file are those of an MP4, QuickTime, AVI or Matroska video."""
+    is_quicktime = start[4:8] in (b"ftyp", b"moov", b"mdat", b"wide", b"free")
+    is_picture_in_it = start[8:12] in (b"avif", b"avis", b"heic", b"mif1")
+    is_avi = start[:4] == b"RIFF" and start[8:12] == b"AVI "
+    return (is_quicktime and not is_picture_in_it) or is_avi or start[:4] == b"\x1aE\xdf\xa3"  # Matroska
+
+
 def _decode_file(data: bytes) -> NDArray[np.uint8]:
     if data[:3] == b"\xff\xd8\xff" and (header := _jpeg_header(data)):
         width, height, num_channels = header
@@ -76,6 +84,8 @@ def _decode_file(data: bytes) -> NDArray[np.uint8]:
             return pixels_HWC
     if not data:
         raise BrokenImageError("cannot decode an image of 0 bytes")
+    if is_video(data[:12]):
+        raise BrokenImageError("this is a video; only recipes whose view has `frames` take videos")
     try:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             return _decode_pil(image)

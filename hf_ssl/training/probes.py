@@ -95,6 +95,10 @@ class OnlineProbe:
 
     def _choose_pools(self, model: SSLForPreTraining) -> nn.Module:
         encoder = _encoder(model)
+        if not self.bank:
+            raise ValueError(
+                "the probe has no readable image; the log says why, name others with probe_dataset"
+            )
         self.pools = self.pools or default_pools(encoder, self.bank[0].pixel_values)
         return encoder
 

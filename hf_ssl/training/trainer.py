@@ -25,9 +25,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from hf_ssl.data.clips import make_view_maker
+from hf_ssl.data.clips import ClipMaker, make_view_maker
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import ImageSource
+from hf_ssl.data.views import ViewMaker
 from hf_ssl.evaluation.health import effective_rank
 from hf_ssl.modeling.shared.backbone import SSLTimmBackbone
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
@@ -93,6 +94,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self.sources = train_dataset if isinstance(train_dataset, list) else [train_dataset]
         self.weights = weights
         self.view_maker = make_view_maker(processing_class.views)
+        _check_frames(model, self.view_maker)
         self.probe = probe
         self.floors: dict[str, float] = {}
         self._step_batches: list[dict[str, Tensor]] = []
@@ -451,3 +453,11 @@ class _Unsized(torch.utils.data.IterableDataset[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         raise TypeError("SSLTrainer reads its sources through its loader")
+
+
+def _check_frames(model: SSLForPreTraining, view_maker: ViewMaker | ClipMaker) -> None:
+    takes_clips = getattr(model.config.backbone_config, "is_video", False)
+    if takes_clips and not isinstance(view_maker, ClipMaker):
+        raise ValueError("the model takes clips: give its view frames, such as {count: 16, step: 4}")
+    if isinstance(view_maker, ClipMaker) and not takes_clips:
+        raise ValueError("the model takes images: leave out the view's frames")
