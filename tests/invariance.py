@@ -390,7 +390,7 @@ def _train_sharded(name: str, model: SSLForPreTraining, layout: Layout) -> Measu
 
     model.register_forward_hook(look_at_forward, with_kwargs=True)
     for step, batch in enumerate(_Batches(row, layout)):
-        pixels = batch["pixel_values"]
+        pixels = batch[row.input_name]
         losses.append(run_step(model, [pixels], step, NUM_STEPS, optimize, _rank(), layout.num_processes))
     state = {name: _whole(value) for name, value in model.state_dict().items()}
     facts = {

@@ -23,6 +23,7 @@ BREAKS = {
     "dinov2-sinkhorn": "as many hidden patches as the masks have",
     "dinov2-distilled": "as many hidden patches as the masks have",
     "ijepa": "as many context patches as the masks have",
+    "vjepa": "as many context patches as the masks have",
     "ijepa-random-l2": "as many context patches as the masks have",
 }
 
