@@ -35,7 +35,7 @@ for name in json.loads(sys.argv[1]):
     assert processor.views and type(processor).__module__.startswith("transformers_modules")
     pixel_values = load_file(f"{name}.safetensors")["pixel_values"]
     model.begin_step(0, 10, seed=3)
-    model.prepare_step([{"pixel_values": pixel_values}])
+    model.prepare_step([{model.main_input_name: pixel_values}])
     results[name] = model(pixel_values, row_index=torch.arange(len(pixel_values))).loss.detach()
     encoder = AutoModel.from_pretrained(name, **options)
     published = model.published_branch().backbone.state_dict()
@@ -120,7 +120,7 @@ def test_models_load_and_compute_the_same_loss_in_a_process_without_this_package
         save_file({"pixel_values": pixel_values.contiguous()}, tmp_path / f"{row.name}.safetensors")
         prepare_repository(model, tmp_path / row.name, processor=processor)
         model.begin_step(0, 10, seed=3)
-        model.prepare_step([{"pixel_values": pixel_values}])
+        model.prepare_step([{model.main_input_name: pixel_values}])
         with torch.no_grad():
             expected[row.name] = float(model(pixel_values, row_index=torch.arange(4)).loss)
     needing_no_timm = [row.name for row in ROWS if row.has_vit]

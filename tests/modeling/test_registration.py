@@ -124,6 +124,7 @@ def test_registration_is_idempotent_and_names_are_the_papers():
         "ibot": "iBOTConfig",
         "dinov2": "DINOv2Config",
         "ijepa": "IJEPAConfig",
+        "vjepa": "VJEPAConfig",
     }
 
 
