@@ -18,6 +18,11 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
     location = locate(run_or_name)
     if location.is_folder and location.file("config.json") is None:
         raise ValueError(f"'{run_or_name}' is no run, encoder folder or Hub name: it has no config.json")
+    if location.file("preprocessor_config.json") is None and location.file("video_preprocessor_config.json"):
+        raise ValueError(
+            f"'{run_or_name}' is an encoder of clips alone; give the run it comes from, whose view says "
+            "which frames are taken"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # what the checkpoint lacks, such as a pooler, is the same in every call
         return location.load(AutoModel).eval(), location.load(AutoImageProcessor)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hf_ssl.evaluation.baselines import random_encoder
 from hf_ssl.evaluation.checks import check_labels
-from hf_ssl.evaluation.dense import patch_map
+from hf_ssl.evaluation.dense import patch_tokens
 from hf_ssl.evaluation.images import ImageBatch, Source, read_batches
 from hf_ssl.evaluation.metrics import top_k_accuracy
 from hf_ssl.evaluation.protocol import ENCODER, NUM_STATISTICS_IMAGES, RANDOM
@@ -169,9 +169,7 @@ def fit_attentive_probe(
 
 
 def _patches(encoder: nn.Module, batches: list[ImageBatch]) -> Tensor:
-    return torch.cat(
-        [patch_map(encoder, batch.pixel_values).flatten(2).transpose(1, 2).clone() for batch in batches]
-    )
+    return torch.cat([patch_tokens(encoder, batch.pixel_values).clone() for batch in batches])
 
 
 def _labels(batches: list[ImageBatch]) -> Tensor | None:

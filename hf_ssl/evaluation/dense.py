@@ -22,7 +22,14 @@ from torch.nn import functional as F
 
 from hf_ssl.data.decoding import decode_image
 from hf_ssl.evaluation.baselines import random_encoder
-from hf_ssl.evaluation.features import as_map, evaluating, find_patch_size, place_inputs, token_layout
+from hf_ssl.evaluation.features import (
+    as_map,
+    evaluating,
+    find_patch_size,
+    forward_inputs,
+    place_inputs,
+    token_layout,
+)
 from hf_ssl.evaluation.images import decode_picture
 from hf_ssl.evaluation.knn import knn_scores
 from hf_ssl.evaluation.linear_probe import fit_linear_probe
@@ -72,12 +79,22 @@ class ConfusionMatrix:
 
 
 def patch_map(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
-    """Patch features (B, D, h, w) of a frozen encoder, float32 on the CPU."""
+    """Patch features (B, D, h, w) of a frozen encoder of images, float32 on the CPU."""
     inputs = place_inputs(pixel_values, encoder)
     with torch.inference_mode(), evaluating(encoder):
         outputs = encoder(pixel_values=inputs)
     hidden = as_map(outputs.last_hidden_state, *token_layout(encoder, outputs, inputs))
     return hidden.float().cpu()
+
+
+def patch_tokens(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
+    """Patch features (B, N, D) of a frozen encoder of images or clips, float32 on the CPU."""
+    if pixel_values.ndim == 4:
+        return patch_map(encoder, pixel_values).flatten(2).transpose(1, 2)
+    with torch.inference_mode(), evaluating(encoder):
+        outputs = forward_inputs(encoder, place_inputs(pixel_values, encoder))
+    tokens: Tensor = outputs.last_hidden_state.float().cpu()
+    return tokens
 
 
 def evaluate_segmentation(

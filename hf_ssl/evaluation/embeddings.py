@@ -96,8 +96,9 @@ def embed(
     extractor = FeatureExtractor(encoder, [pool], device, dtype)
     read = partial(read_batches, source, processor, batch_size, spread=False)
     for number, part in _missing_parts(read, parts_dir, rows_per_part, limit, _num_rows(source)):
-        _write_whole(parts_dir / f"{number:06d}.parquet", [_table(extractor, pool, part)], SCHEMA)
-        logger.info("embedded %d rows of %s", (number + 1) * rows_per_part, settings["source"])
+        table = _table(extractor, pool, part)
+        _write_whole(parts_dir / f"{number:06d}.parquet", [table], SCHEMA)
+        logger.info("embedded %d rows of %s", number * rows_per_part + len(table), settings["source"])
     wait_for_all()
     if rank() == 0:
         _join(parts_dir, output, settings)

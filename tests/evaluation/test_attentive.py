@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from hf_ssl.evaluation.attentive import AttentivePooler, evaluate_attentive, fit_attentive_probe
+from hf_ssl.evaluation.dense import patch_tokens
 from hf_ssl.modeling import METHODS
 from tests.closeness import near
 from tests.modeling.tiny import BY_NAME
@@ -81,3 +82,13 @@ def test_images_without_labels_are_refused():
     rows = [{"image": random_image(0)}]
     with pytest.raises(ValueError, match="train labels"):
         evaluate_attentive(encoder, processor, rows, rows)
+
+
+def test_clips_are_probed_by_all_their_patches():
+    row = BY_NAME["vjepa"]
+    views = [{"crop": {"scale": [0.5, 1.0]}, "frames": {"count": 4, "step": 1}}]
+    processor = METHODS["vjepa"].processor_class.for_image_size(16, views=views)
+    tokens = patch_tokens(row.build_encoder(), torch.randn(3, 4, 3, 16, 16))
+    assert tokens.shape == (3, 2 * 16, 16)
+    scores = evaluate_attentive(row.build_encoder(), processor, labelled(8), labelled(4, 8), epochs=1)
+    assert scores

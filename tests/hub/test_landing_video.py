@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from hf_ssl.cli.loading import load_encoder
 from hf_ssl.evaluation.images import read_batches
 from hf_ssl.hub import export_encoder
 from hf_ssl.modeling.vjepa import VJEPAImageProcessor
@@ -34,6 +35,8 @@ def test_clean_process_gets_our_features_of_a_clip(tmp_path):
     report = export_encoder(model, tmp_path / "encoder", processor())
     assert report.native_class == "VJEPA2Model" and report.max_abs_difference < 1e-5
     assert any("AutoVideoProcessor" in line for line in report.how_to_load)
+    with pytest.raises(ValueError, match="an encoder of clips alone; give the run it comes from"):
+        load_encoder(str(tmp_path / "encoder"))
     frames = torch.randint(0, 256, (4, 3, 40, 30), dtype=torch.uint8)
     torch.save(frames, tmp_path / "frames.pt")
     run_python(LOADS, with_package=False, cwd=tmp_path)
