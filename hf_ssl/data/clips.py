@@ -10,11 +10,12 @@ Shape suffixes: T = frames, C = channels, H, W = height, width, S = side of a vi
 
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
@@ -66,41 +67,62 @@ def _decode_video(data: bytes, frames: FramesSpec, place: float) -> Frames:
         raise DataError('videos need PyAV; install it with pip install "hf-ssl[video]"') from error
     try:
         with av.open(io.BytesIO(data), mode="r") as container:
-            stream = container.streams.video[0]
+            stream: Any = container.streams.best("video")  # not the picture of a cover
+            if stream is None or stream.codec_context is None:
+                raise BrokenImageError("the file has no pictures that PyAV can decode")
             stream.thread_count = 1
             check_size(stream.width, stream.height)
-            num_frames = stream.frames or sum(packet.size > 0 for packet in container.demux(stream))
-            if not num_frames:
+            # Later pictures may be larger than the header states.
+            stream.codec_context.options = {"max_pixels": str(Image.MAX_IMAGE_PIXELS or 2**31 - 1)}
+            packets = _packets_of(container, stream)
+            if not packets:
                 raise BrokenImageError("the video has no frames")
-            numbers = _chosen(num_frames, frames, place)
-            return np.stack(_read_frames(container, stream, numbers))
+            times = [packets[number].time for number in _chosen(len(packets), frames, place)]
+            keys = [packet.stored for packet in packets if packet.is_key and packet.time <= times[0]]
+            container.seek(max(keys, default=min(packet.stored for packet in packets)), stream=stream)
+            return _read_frames(container, stream, times)
     except BrokenImageError:
         raise
     except (av.error.FFmpegError, IndexError, ValueError, OverflowError, MemoryError) as error:
         raise BrokenImageError(f"cannot decode the video: {printable(str(error) or repr(error))}") from error
 
 
-def _read_frames(container: Any, stream: Any, numbers: list[int]) -> list[NDArray[np.uint8]]:
-    """Pixels of the frames with these rising numbers; of a video cut short, the last is repeated."""
-    first = stream.start_time or 0
-    ticks = 1 / (stream.average_rate * stream.time_base) if stream.average_rate else None
-    # Without a rate times tell nothing: all is decoded from the start on.
-    container.seek(first + int(numbers[0] * ticks) if ticks else first, stream=stream)
-    wanted = set(numbers)
-    pixels: dict[int, NDArray[np.uint8]] = {}
-    for place, frame in enumerate(container.decode(stream)):
-        number = round((frame.pts - first) / ticks) if ticks and frame.pts is not None else place
-        if number in wanted:
-            pixels[number] = _pixels_of(frame)
-        if number >= numbers[-1]:
+class _Packet(NamedTuple):
+    """Where a frame lies: when it is shown, and the time by which it is found, which differs for B-frames."""
+
+    time: int
+    stored: int
+    is_key: bool
+
+
+def _packets_of(container: Any, stream: Any) -> list[_Packet]:
+    """The frames in the order in which they are shown: what is counted, at any frame rate; undecoded."""
+    return sorted(
+        _Packet(packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe)
+        for packet in container.demux(stream)
+        if packet.size > 0 and packet.pts is not None and not packet.is_discard
+    )
+
+
+def _read_frames(container: Any, stream: Any, times: list[int]) -> Frames:
+    """Pixels of what is shown at these rising times; of a video cut short, the last frame is repeated."""
+    shown: list[Any] = []
+    last = None
+    for frame in container.decode(stream):
+        if frame.pts is None:
+            continue
+        while len(shown) < len(times) and times[len(shown)] < frame.pts:
+            shown.append(last or frame)
+        last = frame
+        if frame.pts >= times[-1]:
             break
-    if not pixels:
+    if last is None:
         raise BrokenImageError("none of the video's frames can be decoded")
-    chosen, last = [], pixels[min(pixels)]
-    for number in numbers:
-        last = pixels.get(number, last)
-        chosen.append(last)
-    return chosen
+    shown += [last] * (len(times) - len(shown))
+    pixels: list[NDArray[np.uint8]] = []
+    for number, frame in enumerate(shown):
+        pixels.append(pixels[-1] if number and frame is shown[number - 1] else _pixels_of(frame))
+    return np.stack(pixels)
 
 
 def _pixels_of(frame: Any) -> NDArray[np.uint8]:

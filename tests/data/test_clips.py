@@ -1,6 +1,7 @@
 """Clips of videos: which frames, one view for all of them, broken files, and the stream's guarantees."""
 
 import io
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -33,8 +34,15 @@ VIEWS = VJEPAImageProcessor.for_image_size(
 ).views
 
 
-def video_of(levels: list[int], side: int = 32, key_frames: int = 4, suffix: str = "mp4") -> bytes:
-    """A video whose frame i is grey of level i."""
+def video_of(
+    levels: list[int],
+    side: int = 32,
+    key_frames: int = 4,
+    suffix: str = "mp4",
+    times: list[int] | None = None,
+    b_frames: int = 0,
+) -> bytes:
+    """A video whose frame i is grey of level i, shown at 25 frames a second or at these twenty-fifths."""
     file = io.BytesIO()
     with av.open(file, mode="w", format="matroska" if suffix == "mkv" else suffix) as container:
         stream = container.add_stream("mpeg4", rate=25)
@@ -42,8 +50,11 @@ def video_of(levels: list[int], side: int = 32, key_frames: int = 4, suffix: str
         stream.pix_fmt = "yuv420p"
         stream.codec_context.gop_size = key_frames
         stream.bit_rate = 4_000_000
-        for level in levels:
+        stream.codec_context.max_b_frames = b_frames
+        stream.codec_context.time_base = Fraction(1, 25)
+        for number, level in enumerate(levels):
             frame = av.VideoFrame.from_ndarray(np.full((side, side, 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = times[number] if times else number, Fraction(1, 25)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return file.getvalue()
@@ -75,6 +86,16 @@ def folder_of_videos(folder: Path, count: int = 12) -> Path:
 )
 def test_frames_lie_at_the_distance_asked(suffix, frames, place, expected):
     assert levels_of(decode_clip(video_of(LEVELS, suffix=suffix), frames, place)) == expected
+
+
+@pytest.mark.parametrize(("suffix", "b_frames"), [("mp4", 0), ("mkv", 0), ("mp4", 2), ("avi", 2)])
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_frames_are_counted_whatever_their_times(suffix, b_frames, place):
+    even = suffix == "avi"  # whose frames have no times of their own
+    times = None if even else [number if number < 10 else 5 * number - 40 for number in range(20)]
+    video = video_of(LEVELS, suffix=suffix, times=times, b_frames=b_frames)
+    first = round(place * 10)
+    assert levels_of(decode_clip(video, FramesSpec(4, 3), place)) == list(range(first, first + 10, 3))
 
 
 def test_a_video_too_short_for_the_distance_has_a_smaller_one_and_then_repeats_its_last_frame():
@@ -110,6 +131,38 @@ def test_videos_of_too_many_pixels_are_refused(monkeypatch):
     monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 500)
     with pytest.raises(BrokenImageError, match="32 x 32 pixels are more than"):
         decode_clip(video_of(LEVELS[:3]), FramesSpec(2, 1))
+
+
+def test_pictures_that_are_larger_than_the_header_states_are_refused(monkeypatch):
+    def jpegs_of(side: int) -> list[av.Packet]:
+        codec = av.CodecContext.create("mjpeg", "w")
+        codec.width = codec.height = side
+        codec.pix_fmt, codec.time_base = "yuvj420p", Fraction(1, 25)
+        frame = av.VideoFrame.from_ndarray(np.zeros((side, side, 3), np.uint8), format="rgb24")
+        frame.pts = 0
+        return [*codec.encode(frame.reformat(format="yuvj420p")), *codec.encode(None)]
+
+    file = io.BytesIO()
+    with av.open(file, mode="w", format="avi") as container:
+        stream = container.add_stream("mjpeg", rate=25)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuvj420p"
+        for number, side in enumerate([32, 32, 96]):
+            for packet in jpegs_of(side):
+                packet.stream, packet.pts, packet.dts = stream, number, number
+                container.mux(packet)
+    assert decode_clip(file.getvalue(), FramesSpec(2, 1), 0.0).shape == (2, 32, 32, 3)
+    assert decode_clip(file.getvalue(), FramesSpec(1, 1), 1.0).shape == (1, 96, 96, 3)
+    monkeypatch.setattr("PIL.Image.MAX_IMAGE_PIXELS", 2000)
+    with pytest.raises(BrokenImageError, match="cannot decode the video"):
+        decode_clip(file.getvalue(), FramesSpec(1, 1), 1.0)
+
+
+def test_a_codec_that_is_not_known_makes_a_broken_video():
+    video = video_of(LEVELS[:3], suffix="mkv")
+    assert video.count(b"V_MPEG4/ISO/ASP") == 1
+    with pytest.raises(BrokenImageError, match="no pictures that PyAV can decode"):
+        decode_clip(video.replace(b"V_MPEG4/ISO/ASP", b"V_OTHER/ISO/ASP"), FramesSpec(2, 1))
 
 
 def test_one_box_and_one_flip_hold_for_all_frames():
