@@ -33,6 +33,7 @@ from hf_ssl.data.stream import SOURCE_BITS, Plan, Sample, Slot, make_plan
 logger = logging.getLogger(__name__)
 
 FEW_ROWS = 1000  # broken images are counted against at least so many rows: a first bad one is no 100 %
+MAX_REMEMBERED = 10_000  # reasons of broken images
 BATCH_KEYS = {
     "global": "pixel_values",
     "local": "local_pixel_values",
@@ -230,7 +231,8 @@ class BatchMaker:
             for kind, key in BATCH_KEYS.items()
             if kind in view_maker.kinds
         }
-        self._broken: dict[int, str] = {}  # by sample id: is not decoded again
+        # By seed, as a clip may be broken in some epochs' frames alone: what is remembered changes no sample.
+        self._broken: dict[Seed, str] = {}
 
     def make(self, slots: list[Slot]) -> tuple[Batch, list[tuple[str, str]]]:
         """The batch, and name and reason of every broken image met on the way."""
@@ -279,16 +281,18 @@ class BatchMaker:
         while True:
             sample = slot.share.sample(slot.position, attempts)
             sample_id = (slot.source << SOURCE_BITS) + sample.row_index
-            if sample_id not in self._broken:
+            seed = (self._seed, sample.epoch, sample_id)
+            if seed not in self._broken:
                 try:
-                    seed = (self._seed, sample.epoch, sample_id)
                     image = self._view_maker.decode(self._sources[slot.source].load(sample.row), seed)
                     if max(image.shape) <= MAX_BATCHED_SIDE:
                         return sample, sample_id, image
                     return sample, sample_id, self._view_maker(image, seed)
                 except BrokenImageError as error:
-                    self._broken[sample_id] = str(error)
-            name, reason = self._sources[slot.source].row_name(sample.row_index), self._broken[sample_id]
+                    if len(self._broken) == MAX_REMEMBERED:
+                        self._broken.clear()
+                    self._broken[seed] = str(error)
+            name, reason = self._sources[slot.source].row_name(sample.row_index), self._broken[seed]
             if attempts == 0:
                 bad.append((name, reason))
             attempts += 1
