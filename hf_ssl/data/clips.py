@@ -9,6 +9,7 @@ Shape suffixes: T = frames, C = channels, H, W = height, width, S = side of a vi
 """
 
 import io
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
 from hf_ssl.data.columns import DataError, printable
-from hf_ssl.data.decoding import BrokenImageError, check_size, decode_image, is_video
+from hf_ssl.data.decoding import BrokenImageError, FrameFiles, check_size, decode_image, is_video
+from hf_ssl.data.readers import load_image
 from hf_ssl.data.view_recipe import FramesSpec, parse_frames
 from hf_ssl.data.views import ViewMaker, make_view
 
@@ -32,7 +34,8 @@ def decode_clip(data: Any, frames: FramesSpec, place: float = 0.5) -> Frames:
     """Frames of a video.
 
     Args:
-        data: the bytes of a video's file; an array (T, H, W, 3) of uint8; or whatever `decode_image` takes.
+        data: the bytes of a video's file; the files of its frames; an array (T, H, W, 3) of uint8; or what
+            `decode_image` takes.
         frames: how many, and at what distance.
         place: where the clip lies in the video: 0 at its start, 1 at its end.
 
@@ -45,6 +48,8 @@ def decode_clip(data: Any, frames: FramesSpec, place: float = 0.5) -> Frames:
     """
     if isinstance(data, np.ndarray) and data.ndim == 4:
         return data[_chosen(len(data), frames, place)]
+    if isinstance(data, FrameFiles):
+        return _decode_files([data.paths[number] for number in _chosen(len(data.paths), frames, place)])
     if isinstance(data, (bytes, bytearray, memoryview)) and is_video(bytes(data[:12])):
         return _decode_video(bytes(data), frames, place)
     return np.repeat(decode_image(data)[None], frames.num_frames, axis=0)
@@ -58,6 +63,20 @@ def _chosen(num_frames: int, frames: FramesSpec, place: float) -> list[int]:
     span = (frames.num_frames - 1) * step + 1
     start = round(place * max(num_frames - span, 0))
     return [min(start + number * step, num_frames - 1) for number in range(frames.num_frames)]
+
+
+def _decode_files(paths: list[str]) -> Frames:
+    """Frames that are files of their own; only those wanted are read, each once."""
+    pixels: dict[str, NDArray[np.uint8]] = {}
+    for path in dict.fromkeys(paths):
+        try:
+            pixels[path] = decode_image(load_image(path))
+        except BrokenImageError as error:
+            raise BrokenImageError(f"frame {printable(os.path.basename(path))}: {error}") from error
+    sizes = sorted({f"{frame.shape[1]} x {frame.shape[0]}" for frame in pixels.values()})
+    if len(sizes) > 1:
+        raise BrokenImageError(f"frames of several sizes, {' and '.join(sizes)}; a clip has one")
+    return np.stack([pixels[path] for path in paths])
 
 
 def _decode_video(data: bytes, frames: FramesSpec, place: float) -> Frames:

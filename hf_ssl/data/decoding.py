@@ -13,6 +13,7 @@ hands some others (EPS, WMF) to further programs.
 import io
 import warnings
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +37,17 @@ except ImportError:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
 
 
+NO_VIDEOS = "this is a video; only recipes whose view has `frames` take videos"
+
+
 class BrokenImageError(ValueError):
     """An image that cannot be decoded; the message is one line and says why."""
+
+
+class FrameFiles(NamedTuple):
+    """A clip that is stored as one image file for each frame, in order."""
+
+    paths: tuple[str, ...]
 
 
 def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDArray[np.uint8]:
@@ -62,6 +72,8 @@ def decode_image(data: bytes | Image.Image | NDArray[np.uint8] | Tensor) -> NDAr
         return _decode_array(pixels if pixels.ndim == 2 else np.moveaxis(pixels, 0, -1))
     if isinstance(data, np.ndarray):
         return _decode_array(data)
+    if isinstance(data, FrameFiles):
+        raise BrokenImageError(NO_VIDEOS)
     raise BrokenImageError(
         f"cannot decode {type(data).__name__}; give the bytes of a file, a PIL image, an array or a tensor"
     )
@@ -85,7 +97,7 @@ def _decode_file(data: bytes) -> NDArray[np.uint8]:
     if not data:
         raise BrokenImageError("cannot decode an image of 0 bytes")
     if is_video(data[:12]):
-        raise BrokenImageError("this is a video; only recipes whose view has `frames` take videos")
+        raise BrokenImageError(NO_VIDEOS)
     try:
         with Image.open(io.BytesIO(data), formats=_known_formats()) as image:
             return _decode_pil(image)

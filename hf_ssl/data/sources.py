@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_ssl.data.columns import Columns, DataError, check_columns, features_of, find_columns, printable
+from hf_ssl.data.frame_folders import FRAMES_COLUMN, FrameFolderSource
 from hf_ssl.data.readers import DatasetSource, FolderSource, ImageSource, ParquetSource, SequentialSource
 from hf_ssl.data.remote import (
     DataFile,
@@ -69,7 +70,8 @@ def open_images(
         split: name of the split; by default "train", or the only one there is.
         config_name: configuration of a dataset on the Hub; of the sample a design, or "gallery" or "queries"
             of its retrieval task.
-        image_column: by default the one column of images.
+        image_column: by default the one column of images; of a folder "frames" makes each folder of images in
+            it a clip.
         label_column: by default the one column of class labels; training needs none.
         text_column: column of captions; none by default.
         streaming: read from where the files are; False downloads and converts them to an Arrow table first.
@@ -154,7 +156,7 @@ def _open_folder(
     images = [file for file in files if os.path.splitext(file)[1].lower() in IMAGE_SUFFIXES]
     if suffixes & {".parquet", ".tar", ".arrow"} or (".zip" in suffixes and not images):
         return _open_named(str(root), str(root), None, split, config_name, wanted, streaming)
-    if not images:
+    if not images and wanted.image != FRAMES_COLUMN:
         images = [file for file in files if os.path.splitext(file)[1].lower() in VIDEO_SUFFIXES]
     if not images:
         raise DataError(
@@ -168,10 +170,17 @@ def _open_folder(
         images = [file.split("/", 1)[1] for file in images if file.startswith(f"{root.name}/")]
     else:
         _pick_split(split, ["train"], str(root))
-    for column, known in ((wanted.image, ["image"]), (wanted.label, ["label"]), (wanted.text, [])):
+    for column, known in (
+        (wanted.image, ["image", FRAMES_COLUMN]),
+        (wanted.label, ["label"]),
+        (wanted.text, []),
+    ):
         if column and column not in known:
-            raise DataError(f'{root} has no column "{column}"; a folder of images has: image, label')
-    return FolderSource(root, images)
+            raise DataError(
+                f'{root} has no column "{column}"; a folder of images has: image, label, and frames (each '
+                "folder in it as a clip)"
+            )
+    return (FrameFolderSource if wanted.image == FRAMES_COLUMN else FolderSource)(root, images)
 
 
 def _open_named(

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hf_ssl.data import clips
 from hf_ssl.data.clips import ClipMaker, decode_clip, frames_of, make_view_maker
-from hf_ssl.data.decoding import BrokenImageError
+from hf_ssl.data.decoding import BrokenImageError, decode_image
 from hf_ssl.data.loader import TrainLoader
 from hf_ssl.data.sources import open_images
 from hf_ssl.data.view_recipe import FramesSpec
@@ -205,6 +206,83 @@ def test_a_broken_video_is_skipped_counted_and_named(tmp_path):
     for _, _ in zip(loader, range(3), strict=False):
         pass
     assert loader.bad_images.count == 1 and "05.mp4" in loader.bad_images.names[0]
+
+
+def folder_of_frames(folder: Path, clips: dict[str, int]) -> Path:
+    """Clips of so many frames, whose frame i is grey of level i."""
+    for name, count in clips.items():
+        (folder / name).mkdir(parents=True)
+        for number, level in enumerate(LEVELS[:count]):
+            Image.fromarray(np.full((20, 24, 3), level, np.uint8)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_folders_of_frames_are_clips_in_the_order_of_their_numbers(tmp_path):
+    clips = {"up/a": 12, "up/b": 3, "down/a": 1, "down/c": 12}
+    source = open_images(str(folder_of_frames(tmp_path, clips)), image_column="frames")
+    assert source.label_names == ["down", "up"] and "folders of frames" in source.describe()
+    rows = list(source.rows())
+    assert [row["label"] for row in rows] == [0, 0, 1, 1]
+    shown = [levels_of(decode_clip(row["image"], FramesSpec(4, 3), 1.0)) for row in rows]
+    assert shown == [[0, 0, 0, 0], [2, 5, 8, 11], [2, 5, 8, 11], [0, 1, 2, 2]]
+    assert source.row_name(3).endswith("up/b")
+    processor = VJEPAImageProcessor.for_image_size(16, views=VIEWS)
+    [batch] = read_batches(source, processor)
+    assert batch.pixel_values.shape == (4, 4, 3, 16, 16) and batch.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_folder_with_splits_of_frames_and_one_without_labels(tmp_path):
+    folder_of_frames(tmp_path, {"train/a": 2, "train/b": 2, "test/c": 2})
+    source = open_images(str(tmp_path), split="train", image_column="frames")
+    assert source.num_rows == 2 and source.label_column is None
+
+
+def test_frames_that_lie_in_no_clip_or_are_missing_are_refused_by_name(tmp_path):
+    folder_of_frames(tmp_path / "clips", {"a": 2})
+    with pytest.raises(ValueError, match=r"frames of no clip, such as 0\.png"):
+        open_images(str(tmp_path / "clips" / "a"), image_column="frames")
+    with pytest.raises(ValueError, match="holds no images"):
+        open_images(str(folder_of_videos(tmp_path / "videos", 1)), image_column="frames")
+
+
+def test_a_broken_or_odd_frame_breaks_the_clips_that_show_it(tmp_path):
+    folder_of_frames(tmp_path, {"a": 6})
+    [row] = open_images(str(tmp_path), image_column="frames").rows()
+    Image.new("RGB", (10, 20)).save(tmp_path / "a" / "4.png")
+    (tmp_path / "a" / "5.png").write_bytes(b"")
+    assert levels_of(decode_clip(row["image"], FramesSpec(3, 1), 0.0)) == [0, 1, 2]
+    with pytest.raises(BrokenImageError, match="several sizes, 10 x 20 and 24 x 20"):
+        decode_clip(row["image"], FramesSpec(2, 1), 0.75)
+    with pytest.raises(BrokenImageError, match=r"frame 5\.png: cannot decode an image of 0 bytes"):
+        decode_clip(row["image"], FramesSpec(2, 1), 1.0)
+    with pytest.raises(BrokenImageError, match="only recipes whose view has `frames`"):
+        decode_image(row["image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_clip_that_is_broken_in_some_places_does_not_change_what_a_resumed_run_sees(tmp_path, num_workers):
+    folder_of_frames(tmp_path, dict.fromkeys("abcdefgh", 20))
+    for name in "abc":
+        (tmp_path / name / "15.png").write_bytes(b"")  # in about half of the clips that are drawn
+    source = open_images(str(tmp_path), image_column="frames")
+
+    def batches(start: int, count: int, workers: int) -> tuple[list[torch.Tensor], int]:
+        loader = TrainLoader(
+            source,
+            make_view_maker(VIEWS),
+            batch_size=4,
+            seed=1,
+            start_batch=start,
+            num_workers=workers,
+            max_bad_fraction=1.0,
+        )
+        clips = [batch["pixel_values_videos"].clone() for batch, _ in zip(loader, range(count), strict=False)]
+        return clips, loader.bad_images.met
+
+    whole, num_broken = batches(0, 12, 0)
+    assert 0 < num_broken < 18
+    resumed, _ = batches(5, 7, num_workers)
+    assert all(torch.equal(clip, expected) for clip, expected in zip(resumed, whole[5:], strict=True))
 
 
 def test_evaluation_takes_the_middle_and_the_floor_sees_motion(tmp_path):
