@@ -38,9 +38,14 @@ def _open(dataset: str, data: DataArguments, split: str | None, config_name: str
         dataset,
         split=split,
         config_name=config_name,
-        image_column=data.image_column if data.probe_dataset is None else None,
+        image_column=_image_column(data),
         label_column=data.probe_label_column,
     )
+
+
+def _image_column(data: DataArguments) -> str | None:
+    """The training images' column, where those are the probe's: other data have columns of their own."""
+    return data.image_column if data.probe_dataset in (None, data.dataset) else None
 
 
 def _require_labels_of_named_data(source: ImageSource, data: DataArguments) -> None:
@@ -56,7 +61,9 @@ def _train_and_test(dataset: str, data: DataArguments) -> list[str] | None:
     for test in ("test", "validation"):
         try:
             for split in ("train", test):
-                open_images(dataset, split=split, config_name=data.config_name)
+                open_images(
+                    dataset, split=split, config_name=data.config_name, image_column=_image_column(data)
+                )
             return ["train", test]
         except UnreachableError:  # a split that cannot be read is not one that does not exist
             raise

@@ -199,6 +199,21 @@ def test_stream_of_clips_resumes_bit_equal(tmp_path, num_workers):
         assert torch.equal(resumed, expected)
 
 
+def test_processes_share_the_clips_and_each_clip_is_the_one_that_its_seed_draws(tmp_path):
+    source, maker = open_images(str(folder_of_videos(tmp_path / "videos"))), make_view_maker(VIEWS)
+    seen = []
+    for rank in range(2):
+        loader = TrainLoader(source, maker, batch_size=3, seed=1, rank=rank, world_size=2)
+        for batch, _ in zip(loader, range(2), strict=False):
+            for clip, sample_id in zip(
+                batch["pixel_values_videos"], batch["sample_id"].tolist(), strict=True
+            ):
+                data, seed = source.load(source.row(sample_id)), (1, 0, sample_id)
+                assert torch.equal(clip, maker(maker.decode(data, seed), seed)[0])
+                seen.append(sample_id)
+    assert sorted(seen) == list(range(12))
+
+
 def test_a_broken_video_is_skipped_counted_and_named(tmp_path):
     folder = folder_of_videos(tmp_path / "videos")
     (folder / "05.mp4").write_bytes((folder / "05.mp4").read_bytes()[:100])

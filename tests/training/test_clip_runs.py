@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from hf_ssl.training.figures import draw_run
-from hf_ssl.training.recipes import RecipeError
+from hf_ssl.training.probe_data import probe_sources
+from hf_ssl.training.recipes import DataArguments, RecipeError
 from hf_ssl.training.run import Run, train
+from tests.data.test_clips import folder_of_frames
 from tests.training.test_trainer import assert_equal_states, state_of
 
 pytest.importorskip("av")
@@ -70,6 +72,23 @@ def test_a_run_continues_from_another_with_everything(run: Run, videos: Path, tm
         "vjepa", output_dir=str(tmp_path / "next"), dataset=str(videos), init_from=str(run.folder), **options
     )
     assert_equal_states(going_on.trainer.model.state_dict(), run.trainer.model.state_dict())
+
+
+def test_folders_of_frames_are_trained_on_and_scored_as_clips(tmp_path: Path):
+    folder = folder_of_frames(tmp_path / "frames", {f"{kind}/{n}": 9 + n for kind in "ab" for n in range(5)})
+    options = {**TINY, "max_steps": 2, "image_column": "frames"}
+    run = train("vjepa", output_dir=str(tmp_path / "run"), dataset=str(folder), **options)
+    assert run.scores is not None and run.scores.protocol["train_images"] == 8
+    assert "pixels motion" in {row.features for row in run.scores.rows}
+
+
+def test_data_that_are_named_for_training_and_probe_alike_have_one_column(tmp_path: Path):
+    clips = {f"{split}/{kind}/{n}": 3 for split in ("train", "test") for kind in "ab" for n in range(2)}
+    folder = str(folder_of_frames(tmp_path, clips))
+    pair = probe_sources(DataArguments(dataset=folder, probe_dataset=folder, image_column="frames"))
+    assert pair is not None and [source.num_rows for source in pair] == [4, 4]
+    other = probe_sources(DataArguments(dataset="sample", probe_dataset=folder, image_column="frames"))
+    assert other is not None and [source.num_rows for source in other] == [12, 12]
 
 
 def test_a_method_of_images_refuses_videos(videos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
