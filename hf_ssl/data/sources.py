@@ -71,7 +71,8 @@ def open_images(
             of its retrieval task.
         image_column: by default the one column of images.
         label_column: by default the one column of class labels; training needs none.
-        text_column: column of captions; none by default.
+        text_column: column of captions, one or a list of several for an image; none by default, "" finds it
+            by name and type.
         streaming: read from where the files are; False downloads and converts them to an Arrow table first.
 
     Raises:
@@ -171,6 +172,10 @@ def _open_folder(
     for column, known in ((wanted.image, ["image"]), (wanted.label, ["label"]), (wanted.text, [])):
         if column and column not in known:
             raise DataError(f'{root} has no column "{column}"; a folder of images has: image, label')
+    if wanted.text == "":
+        raise DataError(
+            f"{root} is a folder of images without texts; give a dataset with a column of captions"
+        )
     return FolderSource(root, images)
 
 

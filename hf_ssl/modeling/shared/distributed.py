@@ -98,6 +98,41 @@ def all_gather_with_gradient(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _GatherWithGradient.apply(x)
 
 
+class _PassToNext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _shifted(x, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _shifted(gradient, -1)
+
+
+def _shifted(x: Tensor, distance: int) -> Tensor:
+    """What the process `distance` before this one in the ring holds; both directions are posted at once."""
+    count, own = world_size(), rank()
+    x, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, x, (own + distance) % count),
+        dist.P2POp(dist.irecv, received, (own - distance) % count),
+    ]
+    for request in dist.batch_isend_irecv(operations):  # one request on NCCL, one each on gloo
+        request.wait()
+    return received
+
+
+def pass_to_next(x: Tensor) -> Tensor:
+    """The tensor of the previous process in the ring; its gradient goes back to where it came from.
+
+    Args:
+        x: of the same shape in every process.
+
+    Every process must use the result in its backward, or its neighbours wait for ever.
+    """
+    return x if world_size() == 1 else _PassToNext.apply(x)
+
+
 class _SumWithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
