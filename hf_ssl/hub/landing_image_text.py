@@ -25,6 +25,7 @@ from hf_ssl.hub.native import processor_geometry
 from hf_ssl.hub.parity import TOLERANCE, enlarge, random_images
 from hf_ssl.modeling import method_of
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.text_processing import forget_origin
 
 _FILES = (
     "config.json", "model.safetensors", "preprocessor_config.json", "processor_config.json",
@@ -61,6 +62,7 @@ def export_image_text(run: str | Path, folder: str | Path, overwrite: bool = Fal
     subfolder = location.subfolder()
     model = location.load(AutoModelForPreTraining, subfolder, dtype=torch.float32).eval()
     processor = location.load(AutoProcessor, subfolder)
+    forget_origin(processor.tokenizer)
     land = _LANDINGS[method_of(model.config).name]
     size = sum(value.numel() for value in model.parameters())
     reports: list[ExportReport] = []

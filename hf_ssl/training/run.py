@@ -18,6 +18,7 @@ from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.hub.publishing import PublishError
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from hf_ssl.modeling.shared.text_processing import save_tokenizer
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.checkpoints import (
     WRITE_ERRORS,
@@ -49,7 +50,7 @@ from hf_ssl.training.run_folder import new_run_folder
 from hf_ssl.training.run_lock import run_lock
 from hf_ssl.training.starting_points import with_start
 from hf_ssl.training.summary import describe_run
-from hf_ssl.training.texts import build_text_processor, save_tokenizer, takes_texts
+from hf_ssl.training.texts import build_text_processor, takes_texts
 from hf_ssl.training.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -231,9 +232,9 @@ def _say_changes(earlier: Recipe, recipe: Recipe) -> None:
 def _save_recipe(trainer: SSLTrainer, recipe: Recipe, folder: Path) -> None:
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
-        recipe.save(folder / RECIPE_FILE)
-        if trainer.text_processor is not None:
+        if trainer.text_processor is not None:  # first: a run that has a recipe has its tokenizer
             save_tokenizer(trainer.text_processor.tokenizer, folder)
+        recipe.save(folder / RECIPE_FILE)
 
 
 def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | None = None) -> SSLTrainer:

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from hf_ssl.data.captions import read_captions
 from hf_ssl.data.sources import DataError, ImageSource
+from hf_ssl.hub.cards import RECIPE_FILE
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.text_processing import SSLImageTextProcessor, train_tokenizer
@@ -73,7 +74,7 @@ def build_text_processor(
 
 
 def _find_tokenizer(recipe: Recipe, sources: list[ImageSource], folder: Path, options: dict[str, Any]) -> Any:
-    if (folder / TOKENIZER_FILE).is_file():
+    if (folder / RECIPE_FILE).is_file() and (folder / TOKENIZER_FILE).is_file():
         return _load(str(folder), options)
     if (name := recipe.data.text_tokenizer) is not None:
         return pulled(name, lambda: _load(name, options))
@@ -106,10 +107,3 @@ def _train(recipe: Recipe, sources: list[ImageSource], options: dict[str, Any]) 
         raise RecipeError(str(error)) from error
     logger.info("texts     %d tokens learned from %d captions", len(tokenizer), len(captions))
     return tokenizer
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Write a tokenizer as `AutoTokenizer` reads it, without where it was loaded from itself."""
-    for name in ("is_local", "local_files_only"):
-        tokenizer.init_kwargs.pop(name, None)
-    tokenizer.save_pretrained(str(folder))

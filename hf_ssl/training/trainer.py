@@ -35,7 +35,7 @@ from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.modeling.shared.teacher import relative_distance
-from hf_ssl.modeling.shared.text_processing import SSLImageTextProcessor
+from hf_ssl.modeling.shared.text_processing import SSLImageTextProcessor, save_tokenizer
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import check_batch
 from hf_ssl.training.continuing import build_guard, head_warmup_steps
@@ -52,7 +52,6 @@ from hf_ssl.training.resuming import ResumingTrainer
 from hf_ssl.training.schedules import ScheduleSpan, cosine_weight_decay, learning_rate_schedule
 from hf_ssl.training.step_clock import Profile, StepClock
 from hf_ssl.training.step_protocol import StepProtocol
-from hf_ssl.training.texts import save_tokenizer
 
 __all__ = ["SSLTrainer", "TrainingDiverged"]
 

@@ -8,6 +8,7 @@ one would become the end token, at which texts are pooled.
 import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -58,11 +59,15 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, **options: Any) ->
             f"vocab_size {vocab_size} is less than the {NUM_BASE_TOKENS} tokens of all bytes; give at least "
             f"{NUM_BASE_TOKENS + 100}"
         )
-    learned = CLIPTokenizer().train_new_from_iterator(captions, vocab_size, show_progress=False)
+    symbols = sorted(ByteLevel.alphabet())
+    ends = [f"{symbol}</w>" for symbol in symbols]
+    # Ends named beforehand have fixed ids: by those, merges that occur equally often are put in order.
+    learned = CLIPTokenizer().train_new_from_iterator(
+        captions, vocab_size + 8, new_special_tokens=ends, show_progress=False
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # data workers are forked after its threads
     merges = _merges_of(learned)[: vocab_size - NUM_BASE_TOKENS]
-    symbols = sorted(_byte_symbols())
-    names = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges)]
+    names = [*symbols, *ends, *("".join(pair) for pair in merges)]
     names += [learned.bos_token, learned.eos_token]  # the end token has the largest id
     vocabulary = {name: index for index, name in enumerate(dict.fromkeys(names))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, **options)  # type: ignore[arg-type]
@@ -74,6 +79,13 @@ def _merges_of(tokenizer: Any) -> list[tuple[str, str]]:
     return [(first, second) for first, second in pairs]
 
 
-def _byte_symbols() -> list[str]:
-    """The printable characters that stand for the 256 bytes."""
-    return list(ByteLevel.alphabet())
+def save_tokenizer(tokenizer: Any, folder: str | Path) -> None:
+    """Write a tokenizer as `AutoTokenizer` reads it, without where it was loaded from itself."""
+    forget_origin(tokenizer)
+    tokenizer.save_pretrained(str(folder))
+
+
+def forget_origin(tokenizer: Any) -> None:
+    """Drop what loading from a folder left in a tokenizer, so that it is not saved."""
+    for name in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
