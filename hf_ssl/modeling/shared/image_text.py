@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_ssl.modeling.shared.backbone import build_backbone
 from hf_ssl.modeling.shared.configuration import SSLConfig
+from hf_ssl.modeling.shared.distributed import convert_batchnorm
 from hf_ssl.modeling.shared.image_text_losses import agreement_of_pairs
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import Branch, SSLForPreTraining
@@ -128,6 +129,7 @@ class SSLImageTextForPreTraining(SSLForPreTraining):
         super().__init__(config)
         backbone = build_backbone(config.backbone_config)
         self.student = Branch(backbone, self.build_image_head(backbone))
+        convert_batchnorm(self.student, "synchronized")
         self.build_text_tower()
         self.finish_construction()
 
