@@ -6,6 +6,8 @@ the gradient of the loss on the merged batch (rows concatenated in rank order).
 Shape suffixes in this file: B = rows in this process, N = rows in all processes, C = channels.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +19,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_ssl.modeling.shared.names import unknown_name_message
 
+_is_alone = False
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Let this process compute what the others do not take part in; they would be waited for otherwise."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
 
 def world_size() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Number of processes that train together; 1 without a process group, or within `as_one_process`."""
+    if _is_alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process among them; 0 without a process group."""
+    """Index of this process among them; 0 without a process group, or within `as_one_process`."""
+    if _is_alone:
+        return 0
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
