@@ -33,6 +33,18 @@ def evaluate(
     attentive: Annotated[
         int | None, typer.Option(help="Also fit an attentive probe on the patches, for so many epochs.")
     ] = None,
+    retrieval: Annotated[
+        str | None, typer.Option(help="Images with captions: find each by the other (CLIP, SigLIP).")
+    ] = None,
+    text_column: Annotated[
+        str | None, typer.Option("--text_column", help="Column of captions of --retrieval.")
+    ] = None,
+    zero_shot: Annotated[
+        str | None, typer.Option("--zero_shot", help="Labelled images to classify by their classes' names.")
+    ] = None,
+    templates: Annotated[
+        str, typer.Option(help="Prompts of --zero_shot: simple, best7, imagenet80, or one with {}.")
+    ] = "simple",
     output: Annotated[str | None, typer.Option(help="Write the scores to this JSON file.")] = None,
 ) -> None:
     """Score an encoder by kNN and linear probe, beside raw pixels and random weights."""
@@ -44,6 +56,16 @@ def evaluate(
     from hf_ssl.training.recipes import DataArguments
 
     quiet_libraries()
+    if retrieval is not None or zero_shot is not None:
+        if dataset is not None or pool or probe or fine_tune is not None or attentive is not None:
+            raise ValueError("--retrieval and --zero_shot fit no probe; leave --dataset and probes out")
+        columns = {"config_name": config_name, "image_column": image_column}
+        named = {"text_column": text_column, "label_column": label_column}
+        result = _with_texts(model, retrieval, zero_shot, splits, columns | named, templates, limit)
+        _write(output, result)
+        return
+    if text_column is not None:
+        raise ValueError("text_column belongs to --retrieval; name its data, or leave it out")
     encoder, processor = pulled(model, lambda: load_encoder(model))
     if dataset is None:
         if splits or config_name or image_column or label_column:
@@ -81,9 +103,56 @@ def evaluate(
         result["attentive_top1"] = _attentive(encoder, processor, pair, attentive, limit)
     if fine_tune is not None:
         result["fine_tune_top1"] = _fine_tune(model, pair, fine_tune, limit)
+    _write(output, result)
+
+
+def _write(output: str | None, result: dict[str, Any]) -> None:
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1), encoding="utf-8")
         typer.echo(f"scores    {output}")
+
+
+def _with_texts(
+    model: str,
+    retrieval: str | None,
+    zero_shot: str | None,
+    splits: list[str] | None,
+    columns: dict[str, str | None],
+    templates: str,
+    limit: int | None,
+) -> dict[str, Any]:
+    """Scores of a model of images and texts; of the test split where no other is named."""
+    from hf_ssl.cli.loading import load_image_text
+    from hf_ssl.data.sources import DataError, open_images
+    from hf_ssl.evaluation.retrieval import evaluate_retrieval
+    from hf_ssl.evaluation.zero_shot import TEMPLATES, evaluate_zero_shot
+    from hf_ssl.training.pulling import pulled
+
+    if splits is not None and len(splits) != 1:
+        raise ValueError(f"--retrieval and --zero_shot score one split, got {', '.join(splits)}")
+
+    def opened(name: str, **named: str | None) -> Any:
+        options = {key: columns[key] for key in ("config_name", "image_column")} | named
+        try:
+            return open_images(name, split=splits[0] if splits else "test", **options)  # type: ignore
+        except DataError as error:
+            hint = "" if splits else "; name its split with --splits"
+            raise DataError(f"{error}{hint}") from error
+
+    encoder = pulled(model, lambda: load_image_text(model))
+    result: dict[str, Any] = {}
+    if retrieval is not None:
+        source = opened(retrieval, text_column=columns["text_column"] or "")
+        found = evaluate_retrieval(encoder, source, limit)
+        typer.echo(found.table())
+        result["retrieval"] = found.to_dict()
+    if zero_shot is not None:
+        prompts = TEMPLATES.get(templates, (templates,))
+        source = opened(zero_shot, label_column=columns["label_column"])
+        scores = evaluate_zero_shot(encoder, source, prompts, limit=limit)
+        typer.echo(scores.table())
+        result["zero_shot"] = scores.to_dict()
+    return result
 
 
 def _attentive(

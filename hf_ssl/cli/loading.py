@@ -28,6 +28,35 @@ def load_encoder(run_or_name: str) -> tuple[Any, Any]:
         return location.load(AutoModel).eval(), location.load(AutoImageProcessor)
 
 
+def load_image_text(run_or_name: str) -> Any:
+    """Both towers of a run of a method that learns from texts, as an `ImageTextEncoder`.
+
+    Raises:
+        ValueError: there is no such model, or it knows no texts.
+    """
+    from transformers import AutoConfig, AutoModelForPreTraining, AutoProcessor
+
+    from hf_ssl.evaluation.image_text import ImageTextEncoder
+    from hf_ssl.hub.locations import locate
+    from hf_ssl.modeling import METHODS
+
+    location = locate(run_or_name)
+    subfolder = location.subfolder()
+    if location.file("config.json", subfolder) is None:
+        raise ValueError(f"'{run_or_name}' is no run or Hub name: it has no config.json")
+    config = location.load(AutoConfig, subfolder)
+    able = {m.config_class.model_type: name for name, m in METHODS.items() if m.text_processor_class}
+    if config.model_type not in able:
+        raise ValueError(
+            f"'{run_or_name}' is a {config.model_type}, which knows no texts; give a run of "
+            f"{' or '.join(able.values())}"
+        )
+    if location.file("tokenizer.json", subfolder) is None:
+        raise ValueError(f"'{run_or_name}' has no tokenizer.json; give the folder that the run left")
+    model = location.load(AutoModelForPreTraining, subfolder)
+    return ImageTextEncoder(model, location.load(AutoProcessor, subfolder))
+
+
 def run_recipe(run: str) -> Any:
     """The recipe saved with a run.
 

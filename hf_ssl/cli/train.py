@@ -62,6 +62,7 @@ def train(
     typer.echo(
         f"\nrun       {run.folder}\n"
         f"encoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
+        + (f"dual      {run.folder / 'dual'}  (images and texts)\n" if (run.folder / "dual").is_dir() else "")
         + (f"published {run.url}\n" if run.url else "")
         + f"next      hf-ssl show {run.folder}\n"
         f"          hf-ssl evaluate {run.folder} --dataset NAME_OR_FOLDER\n"

@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     import datasets
 
 NAME_LENGTH = 300
-Row = dict[str, Any]  # "image", and "label" and "text" if the source has them
+USUAL_TEXT_COLUMNS = ("text", "caption", "captions", "texts", "sentences")
+Row = dict[str, Any]  # "image", and "label" and "text" (one or a list of several) if the source has them
 
 
 class DataError(ValueError):
@@ -50,7 +51,7 @@ def find_columns(features: "datasets.Features", wanted: Columns, name: str) -> C
 
     Args:
         features: of the dataset.
-        wanted: the columns that were named; an empty name for an image column to be found.
+        wanted: the columns that were named; an empty name for a column of images or texts to be found.
         name: of the dataset, for messages.
 
     Raises:
@@ -60,7 +61,8 @@ def find_columns(features: "datasets.Features", wanted: Columns, name: str) -> C
     check_columns(named, list(features), name)
     label = _find_label(features, wanted.label, name)
     names = list(features[label].names) if label and _kind(features[label]) == "ClassLabel" else None
-    return Columns(_find_image(features, wanted.image, name), label, wanted.text, names)
+    text = None if wanted.text is None else _find_text(features, wanted.text, name)
+    return Columns(_find_image(features, wanted.image, name), label, text, names)
 
 
 def features_of(row: Mapping[str, Any]) -> "datasets.Features":
@@ -120,6 +122,25 @@ def _find_label(features: "datasets.Features", named: str | None, name: str) -> 
             f'column "{named}" of {name} holds no classes but {kind}; columns of classes: {found}'
         )
     return named
+
+
+def _find_text(features: "datasets.Features", named: str, name: str) -> str:
+    listing = printable(", ".join(f"{column} ({_kind(feature)})" for column, feature in features.items()))
+    texts = [column for column, feature in features.items() if _holds_text(feature)]
+    if named and named not in texts:
+        raise DataError(f'column "{named}" of {name} holds no texts; it has: {listing}')
+    usual = [column for column in USUAL_TEXT_COLUMNS if column in texts]
+    found = [named] if named else usual[:1] or texts
+    if len(found) != 1:
+        what = f"several columns of texts, {printable(', '.join(found))}" if found else "no column of texts"
+        raise DataError(f"{name} has {what}; name one as text_column; it has: {listing}")
+    return found[0]
+
+
+def _holds_text(feature: Any) -> bool:
+    """Whether values are strings or lists of strings."""
+    inner = getattr(feature, "feature", feature)
+    return _kind(inner) in ("string", "large_string")
 
 
 def _kind(feature: Any) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from hf_ssl.data.batched_views import MAX_BATCHED_SIDE
+from hf_ssl.data.captions import captions_of, choose_caption
 from hf_ssl.data.columns import DataError
 from hf_ssl.data.decoding import BrokenImageError
 from hf_ssl.data.readers import ImageSource
@@ -117,7 +118,8 @@ class TrainLoader:
         local_pixel_values, anchor_pixel_values: the same of those views, if there are any, always with V.
         sample_id: int64 (B,), stable: the index of the row in its source, plus the source's number << 48.
         epoch: int64 (B,), the epoch of the row's source.
-        text: list of B captions, if all sources have a text column.
+        text: list of B captions, if all sources have a text column: of several of an image the one that the
+            sample's seed draws. An image without any counts as broken.
 
     Raises:
         DataError: arguments that do not fit the data; in iteration, too many broken images.
@@ -242,7 +244,7 @@ class BatchMaker:
             sample, sample_id, image = self._first_good(slot, bad)
             images.append(image)
             seeds.append((self._seed, sample.epoch, sample_id))
-            texts.append(sample.row.get("text"))
+            texts.append(choose_caption(sample.row["text"], seeds[-1]) if self._has_text else "")
         batch = self._stack(self._make_views(images, seeds))
         _, epochs, sample_ids = zip(*seeds, strict=True)
         batch |= {"sample_id": torch.tensor(sample_ids), "epoch": torch.tensor(epochs)}
@@ -284,6 +286,8 @@ class BatchMaker:
             seed = (self._seed, sample.epoch, sample_id)
             if seed not in self._broken:
                 try:
+                    if self._has_text and not captions_of(sample.row["text"]):
+                        raise BrokenImageError("the image has no caption")
                     image = self._view_maker.decode(self._sources[slot.source].load(sample.row), seed)
                     if max(image.shape) <= MAX_BATCHED_SIDE:
                         return sample, sample_id, image

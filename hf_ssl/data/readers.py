@@ -107,6 +107,10 @@ class ImageSource(ABC):
         """The image of a row, see `load_image`."""
         return load_image(row["image"], self.origins)
 
+    def undecoded_rows(self, limit: int | None = None) -> Iterator[Row]:
+        """Rows in stored order for their labels and texts; an image may be the path of its file."""
+        return islice(self._read(0), limit)
+
     def rows(self, limit: int | None = None, start: int = 0) -> Iterator[Row]:
         """Rows in stored order, images as bytes (or PIL, where the dataset holds no file).
 

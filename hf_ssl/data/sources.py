@@ -73,7 +73,8 @@ def open_images(
         image_column: by default the one column of images; of a folder "frames" makes each folder of images in
             it a clip.
         label_column: by default the one column of class labels; training needs none.
-        text_column: column of captions; none by default.
+        text_column: column of captions, one or a list of several for an image; none by default, "" finds it
+            by name and type.
         streaming: read from where the files are; False downloads and converts them to an Arrow table first.
 
     Raises:
@@ -180,6 +181,10 @@ def _open_folder(
                 f'{root} has no column "{column}"; a folder of images has: image, label, and frames (each '
                 "folder in it as a clip)"
             )
+    if wanted.text == "":
+        raise DataError(
+            f"{root} is a folder of images without texts; give a dataset with a column of captions"
+        )
     return (FrameFolderSource if wanted.image == FRAMES_COLUMN else FolderSource)(root, images)
 
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from hf_ssl.evaluation.features import evaluating, forward_inputs, place_inputs
+from hf_ssl.modeling.shared.distributed import as_one_process
 
 PIXEL_SIDE = 32  # raw pixels of larger images are averaged down to this side
 AVERAGED_SIDE = 8
@@ -90,7 +91,8 @@ def estimate_batchnorm_statistics(encoder: nn.Module, batches: Iterable[Tensor])
     norms: list[Any] = [m for m in encoder.modules() if getattr(m, "running_mean", None) is not None]
     if not norms:
         return
-    with torch.no_grad(), evaluating(encoder), _collecting(norms):
+    # Alone: of several processes only the first measures floors.
+    with torch.no_grad(), as_one_process(), evaluating(encoder), _collecting(norms):
         for pixel_values in batches:
             forward_inputs(encoder, place_inputs(pixel_values, encoder))
     if any(int(norm.num_batches_tracked) == 0 for norm in norms):

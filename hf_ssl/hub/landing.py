@@ -78,9 +78,9 @@ def export_encoder(
     _refuse_to_replace_source(model_or_run_folder, folder)
     refuse_foreign_folder(folder, _FILES, REPORT_FILE, overwrite)
     model, processor, notes = _load(model_or_run_folder, processor)
-    backbone = _plain_copy(model)
+    backbone = plain_backbone(model)
     _check_channels(backbone, processor)
-    landing = _land(backbone, processor)
+    landing = choose_landing(backbone, processor)
     differences: list[float] = []
     size = sum(value.numel() for value in backbone.parameters())
 
@@ -95,7 +95,12 @@ def export_encoder(
     return _report(landing, str(folder), differences[0], notes, size)
 
 
-def _land(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
+def choose_landing(backbone: SSLViTBackbone | SSLTimmBackbone, processor: SSLImageProcessor) -> Landing:
+    """The native form of an encoder.
+
+    Raises:
+        ValueError: there is none.
+    """
     if isinstance(backbone, SSLViTBackbone) and backbone.config.is_video:
         return land_video(backbone, processor)
     if isinstance(backbone, SSLViTBackbone):
@@ -135,7 +140,7 @@ def _load(
     return model, processor, notes
 
 
-def _plain_copy(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
+def plain_backbone(model: SSLPreTrainedModel) -> SSLViTBackbone | SSLTimmBackbone:
     """The encoder's backbone in float32 on the CPU, in eval mode; the model itself is left as it is."""
     branch: Any = model.published_branch() if isinstance(model, SSLForPreTraining) else model
     backbone: SSLViTBackbone | SSLTimmBackbone = (

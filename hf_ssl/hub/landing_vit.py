@@ -103,10 +103,13 @@ def write_vit(
         state = _vit_state(backbone, native_class)
     model.load_state_dict(state, strict=True)
     model.save_pretrained(folder)
-    options = {
-        name: getattr(processor, name) for name in _PROCESSOR_FIELDS if getattr(processor, name) is not None
-    }
-    ViTImageProcessor(**options).save_pretrained(folder)
+    ViTImageProcessor(**processor_options(processor)).save_pretrained(folder)
+
+
+def processor_options(processor: SSLImageProcessor) -> dict[str, Any]:
+    """Arguments of a native image processor that prepares images as ours does."""
+    values = {name: getattr(processor, name) for name in _PROCESSOR_FIELDS}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def _build_native(config: SSLViTConfig, native_class: str) -> PreTrainedModel:

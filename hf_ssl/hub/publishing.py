@@ -321,7 +321,8 @@ def _write_pretraining(checkpoint: Path, record: RunRecord, folder: Path) -> Non
         if (checkpoint / name).is_file():
             content = json.loads((checkpoint / name).read_text(encoding="utf-8"))
             _write_json(folder / name, {**content, "auto_map": auto_map(record.method)})
-    for path in (*checkpoint.glob("model*.safetensors"), *checkpoint.glob("model.safetensors.index.json")):
+    patterns = ("model*.safetensors", "model.safetensors.index.json", "tokenizer*.json")
+    for path in (path for pattern in patterns for path in checkpoint.glob(pattern)):
         shutil.copy2(path, folder / path.name)
     if recipe_of(checkpoint) is not None:
         (folder / RECIPE_FILE).write_text(public_recipe(record.recipe), encoding="utf-8")

@@ -55,6 +55,11 @@ class Method:
         """`<M>ImageProcessor`."""
         return self._get("ImageProcessor")
 
+    @property
+    def text_processor_class(self) -> Any:
+        """`<M>Processor` of images with texts; None for methods of images alone."""
+        return getattr(import_module(f"hf_ssl.modeling.{self.name}"), f"{self.prefix}Processor", None)
+
 
 METHODS = {
     method.name: method
@@ -167,6 +172,26 @@ METHODS = {
             "Adrien Bardes and Quentin Garrido and Jean Ponce and Xinlei Chen and Michael Rabbat and "
             "Yann LeCun and Mahmoud Assran and Nicolas Ballas",
         ),
+        Method(
+            "clip",
+            "SSLCLIP",
+            "images with texts",
+            "2103.00020",
+            "an image and its caption find each other among the batch",
+            "Learning Transferable Visual Models From Natural Language Supervision",
+            "Alec Radford and Jong Wook Kim and Chris Hallacy and Aditya Ramesh and Gabriel Goh and "
+            "Sandhini Agarwal and Girish Sastry and Amanda Askell and Pamela Mishkin and Jack Clark and "
+            "Gretchen Krueger and Ilya Sutskever",
+        ),
+        Method(
+            "siglip",
+            "SigLIP",
+            "images with texts",
+            "2303.15343",
+            "each image with each caption is a yes or no of its own",
+            "Sigmoid Loss for Language Image Pre-Training",
+            "Xiaohua Zhai and Basil Mustafa and Alexander Kolesnikov and Lucas Beyer",
+        ),
     )
 }
 
@@ -186,7 +211,13 @@ def method_of(config: Any) -> Method:
 
 def register() -> None:
     """Make transformers' Auto classes for configs, models and image processors know every method."""
-    from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForPreTraining,
+        AutoProcessor,
+    )
 
     for method in METHODS.values():
         config = method.config_class
@@ -196,6 +227,8 @@ def register() -> None:
         AutoImageProcessor.register(
             config, image_processor_classes={"torchvision": method.processor_class}, exist_ok=True
         )
+        if method.text_processor_class is not None:
+            AutoProcessor.register(config, method.text_processor_class, exist_ok=True)
 
 
 register()

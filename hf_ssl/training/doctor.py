@@ -30,6 +30,7 @@ SPREAD_TARGETS = (
     0.1  # standard deviation of normalised target tokens over images and places; 1 when unrelated
 )
 TOKENS = 0.25  # share of the largest entropy of tokens below which they say little
+MATCHED = 0.02  # difference of cosines with own and other texts; 0.05 after a tenth of a run that learns
 FAR_CENTER = 0.5  # mean logit of a typical prototype, a cosine; 0.1 to 0.15 in healthy runs of 64 to 256
 
 Entry = Mapping[str, float]
@@ -209,6 +210,20 @@ def collapsed_targets(entry: Entry, case: Case) -> str | None:
 
 ONE_PROTOTYPE = ("mean_target_entropy", "prototypes_in_use")
 UNIFORM_TARGETS = ("target_entropy", "mean_target_entropy", "divergence")
+
+
+def unmatched_pairs(entry: Entry, case: Case) -> str | None:
+    """An image is no nearer to its own text than to the others'."""
+    own, others = entry["positive_cosine"], entry["negative_cosine"]
+    if entry["step"] < LATE * case.args.max_steps or own - others > MATCHED:
+        return None
+    return (
+        f"an image's cosine with its own text is {own:.3f}, with others {others:.3f}, after half of the run; "
+        f"raise learning_rate (now {case.args.learning_rate:g}), or see whether captions belong to their "
+        "images"
+    )
+
+
 RULES = {
     "one prototype": Rule(one_prototype, frozenset(ONE_PROTOTYPE)),
     "uniform targets": Rule(uniform_targets, frozenset(UNIFORM_TARGETS)),
@@ -224,6 +239,7 @@ RULES = {
     "frequent tokens": Rule(frequent_tokens, frozenset({"token_entropy", "accuracy"})),
     "few tokens": Rule(few_tokens, frozenset({"token_entropy", "perplexity"})),
     "collapsed targets": Rule(collapsed_targets, frozenset({"target_std"})),
+    "unmatched pairs": Rule(unmatched_pairs, frozenset({"positive_cosine", "negative_cosine"})),
 }
 
 

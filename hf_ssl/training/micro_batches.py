@@ -9,11 +9,28 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 
-def model_inputs(batches: list[Batch], rank: int, world_size: int) -> list[Batch]:
-    """What forwards take of the batches; row i of micro-batch j is number (j * W + r) * B + i of the step."""
+TOKENS = ("input_ids", "attention_mask")
+
+
+def model_inputs(
+    batches: list[Batch],
+    rank: int,
+    world_size: int,
+    tokenize: Callable[[list[str]], Batch] | None = None,
+) -> list[Batch]:
+    """What forwards take of the batches; row i of micro-batch j is number (j * W + r) * B + i of the step.
+
+    Args:
+        batches: of the loader.
+        rank: r, the number of this process.
+        world_size: W, of all.
+        tokenize: makes tokens of texts, for methods that learn from them.
+    """
     numbered = []
     for index, batch in enumerate(batches):
-        inputs = {name: value for name, value in batch.items() if "pixel_values" in name}
+        inputs = {name: value for name, value in batch.items() if "pixel_values" in name or name in TOKENS}
+        if tokenize is not None and "text" in batch:
+            inputs |= tokenize(batch["text"])
         size = len(next(iter(inputs.values())))
         first = (index * world_size + rank) * size
         numbered.append(inputs | {"row_index": torch.arange(first, first + size)})

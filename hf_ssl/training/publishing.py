@@ -15,12 +15,14 @@ from transformers.utils.hub import PushInProgress
 
 from hf_ssl.hub.cards import FIGURES, SCORES_FILE, write_card
 from hf_ssl.hub.landing import ExportReport, export_encoder
+from hf_ssl.hub.landing_image_text import export_image_text
 from hf_ssl.hub.publishing import PublishError, create_repository, prepare_repository, publish, upload
 from hf_ssl.pictures.curves import draw_history
 
 logger = logging.getLogger(__name__)
 
 ENCODER = "encoder"
+BOTH_TOWERS = "dual"
 
 
 def complete_folder(
@@ -38,12 +40,24 @@ def complete_folder(
     """
     report = export_encoder(folder, folder / ENCODER, overwrite=True)
     logger.info("exported  %s, difference %.1e", report.native_class, report.max_abs_difference)
+    if (folder / "tokenizer.json").is_file():
+        _add_both_towers(folder)
     curves = draw_history(log_history)
     if curves is not None:
         (folder / FIGURES).mkdir(exist_ok=True)
         curves.save(folder / FIGURES / "curves.png")
     write_card(folder, report, license=license)
     return report
+
+
+def _add_both_towers(folder: Path) -> None:
+    """The native model of images and texts; what no native class computes stays in the run, and is said."""
+    try:
+        both = export_image_text(folder, folder / BOTH_TOWERS, overwrite=True)
+    except ValueError as error:
+        logger.warning("exported  no native model of both towers: %s", error)
+        return
+    logger.info("exported  %s, difference %.1e", both.native_class, both.max_abs_difference)
 
 
 class PublishingTrainer(Trainer):

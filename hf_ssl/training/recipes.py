@@ -59,6 +59,8 @@ class DataArguments:
         config_name: configuration of a Hub dataset; of the sample: a design.
         split: split to train on.
         image_column: column of the images; None finds it by its type.
+        text_column: column of captions, of methods that learn from texts; None finds it by name and type.
+        text_tokenizer: folder or Hub name of the tokenizer of texts; None: one is trained on the captions.
         weights: sampling weights of several datasets; None weighs by size.
         streaming: read while training instead of downloading first.
         probe_dataset: labelled images for the online probe; None: the training dataset, if it has labels.
@@ -75,6 +77,8 @@ class DataArguments:
     config_name: str | None = None
     split: str | None = None
     image_column: str | None = None
+    text_column: str | None = None
+    text_tokenizer: str | None = None
     weights: list[float] | None = None
     streaming: bool = True
     probe_dataset: str | None = None

@@ -18,6 +18,7 @@ from hf_ssl.hub.folders import write_whole_file
 from hf_ssl.hub.publishing import PublishError
 from hf_ssl.modeling import METHODS
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
+from hf_ssl.modeling.shared.text_processing import save_tokenizer
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.checkpoints import (
     WRITE_ERRORS,
@@ -49,6 +50,7 @@ from hf_ssl.training.run_folder import new_run_folder
 from hf_ssl.training.run_lock import run_lock
 from hf_ssl.training.starting_points import with_start
 from hf_ssl.training.summary import describe_run
+from hf_ssl.training.texts import build_text_processor, takes_texts
 from hf_ssl.training.trainer import SSLTrainer
 
 logger = logging.getLogger(__name__)
@@ -230,6 +232,8 @@ def _say_changes(earlier: Recipe, recipe: Recipe) -> None:
 def _save_recipe(trainer: SSLTrainer, recipe: Recipe, folder: Path) -> None:
     if trainer.is_world_process_zero():
         folder.mkdir(parents=True, exist_ok=True)
+        if trainer.text_processor is not None:  # first: a run that has a recipe has its tokenizer
+            save_tokenizer(trainer.text_processor.tokenizer, folder)
         recipe.save(folder / RECIPE_FILE)
 
 
@@ -250,11 +254,13 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
     args.output_dir = str(folder)
     set_seed(args.seed)
     recipe.data = on_first_process(args, lambda: pin_datasets(recipe.data))
-    sources = open_sources(recipe.data)
+    sources = open_sources(recipe.data, takes_texts(recipe))
     try:
         processor = METHODS[recipe.method].processor_class.for_image_size(
             config.image_size, **recipe.processor
         )
+        text_processor = build_text_processor(recipe, processor, sources, folder, args)
+        config = recipe.config()  # with the vocabulary
         model = pulled(recipe.init_from or "", lambda: build_model(recipe, config))
         probe = build_probe(recipe.data, processor, args, started_as=START if recipe.init_from else RANDOM)
         trainer = SSLTrainer(
@@ -264,6 +270,7 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
             processing_class=processor,
             weights=recipe.data.weights,
             probe=probe,
+            text_processor=text_processor,
         )
     except (DataError, RecipeError):
         raise
@@ -273,8 +280,8 @@ def build_trainer(recipe: Recipe, folder: Path, args: SSLTrainingArguments | Non
     return trainer
 
 
-def open_sources(data: DataArguments) -> list[ImageSource]:
-    """Training images of a recipe."""
+def open_sources(data: DataArguments, with_texts: bool = False) -> list[ImageSource]:
+    """Training images of a recipe, with captions for methods that learn from them."""
     names = data.dataset if isinstance(data.dataset, list) else [data.dataset]
     return [
         open_images(
@@ -282,6 +289,7 @@ def open_sources(data: DataArguments) -> list[ImageSource]:
             split=data.split,
             config_name=data.config_name,
             image_column=data.image_column,
+            text_column=(data.text_column or "") if with_texts else None,
             streaming=data.streaming,
         )
         for name in names

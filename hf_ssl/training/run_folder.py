@@ -10,7 +10,10 @@ from hf_ssl.training.checkpoints import checkpoints
 from hf_ssl.training.recipes import RecipeError
 from hf_ssl.training.run_lock import LOCK_FILE, run_lock
 
-KILLED_AT_ONCE = {LOCK_FILE, f".{RECIPE_FILE}.partial"}  # all that a run leaves that had not begun
+KILLED_AT_ONCE = {  # all that a run leaves that had not begun
+    *(LOCK_FILE, f".{RECIPE_FILE}.partial"),
+    *("tokenizer.json", "tokenizer_config.json"),
+}
 
 
 @contextlib.contextmanager

@@ -35,6 +35,7 @@ from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.pretraining import SSLForPreTraining
 from hf_ssl.modeling.shared.teacher import relative_distance
+from hf_ssl.modeling.shared.text_processing import SSLImageTextProcessor, save_tokenizer
 from hf_ssl.training.arguments import SSLTrainingArguments
 from hf_ssl.training.batch_checks import check_batch
 from hf_ssl.training.continuing import build_guard, head_warmup_steps
@@ -70,6 +71,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         weights: sampling weights of several sources; None weighs by size.
         probe: called with the model at every evaluation, returns named scores (see `hf_ssl.training.probes`);
             `floors`, set by whoever has measured them, are logged beside. None: there are no evaluations.
+        text_processor: of methods that learn from texts: makes tokens of the captions that the sources give.
         **kwargs: as in transformers.
 
     Raises:
@@ -89,6 +91,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         processing_class: SSLImageProcessor,
         weights: list[float] | None = None,
         probe: Callable[[SSLForPreTraining], dict[str, float]] | None = None,
+        text_processor: SSLImageTextProcessor | None = None,
         **kwargs: Any,
     ) -> None:
         self.sources = train_dataset if isinstance(train_dataset, list) else [train_dataset]
@@ -96,6 +99,7 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         self.view_maker = make_view_maker(processing_class.views)
         _check_frames(model, self.view_maker)
         self.probe = probe
+        self.text_processor = text_processor
         self.floors: dict[str, float] = {}
         self._step_batches: list[dict[str, Tensor]] = []
         self._updates: list[dict[str, Tensor]] = []
@@ -179,7 +183,8 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
             batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not self.args.dataloader_num_workers:
             self.clock.move(self.loader.seconds_of_making - made, "loading", "views")
-        self._step_batches = model_inputs(batches, self.args.process_index, self.args.world_size)
+        tokenize = None if self.text_processor is None else self.text_processor.tokenize
+        self._step_batches = model_inputs(batches, self.args.process_index, self.args.world_size, tokenize)
         return self._step_batches, None
 
     def _prepare_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -419,7 +424,9 @@ class SSLTrainer(ResumingTrainer, PublishingTrainer):
         return figures
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Write the model, LoRA adapters merged; a checkpoint has them apart too."""
+        """Write the model, LoRA adapters merged, and the tokenizer; a checkpoint has adapters apart too."""
+        if self.text_processor is not None:
+            save_tokenizer(self.text_processor.tokenizer, Path(output_dir or str(self.args.output_dir)))
         if self.args.lora_rank is None:
             super()._save(output_dir, state_dict)
             return

@@ -2,11 +2,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
 from transformers import TimmWrapperConfig, TimmWrapperModel, ViTConfig, ViTImageProcessor, ViTModel
 
 from hf_ssl.evaluation.baselines import PixelExtractor, estimate_batchnorm_statistics, random_encoder
+from hf_ssl.modeling.shared.distributed import convert_batchnorm
+from tests.distributed import run_processes
 
 
 def test_pixels_are_what_the_processor_was_given():
@@ -91,3 +94,29 @@ def test_random_timm_cnn_gets_the_statistics_of_the_data():
 def test_module_that_cannot_be_built_afresh_is_refused():
     with pytest.raises(TypeError, match="pass initial_encoder"):
         random_encoder(NormNet(), [])
+
+
+def statistics_of_the_first_process() -> float | None:
+    """The mean that process 0 finds by itself with a network whose BatchNorm is over all processes."""
+    norm = convert_batchnorm(torch.nn.Sequential(torch.nn.BatchNorm2d(1)))
+    if dist.get_rank() > 0:
+        return None
+    network = Wrapper(norm)
+    estimate_batchnorm_statistics(network, [torch.full((2, 1, 4, 4), 3.0)])
+    return float(norm[0].running_mean)
+
+
+class Wrapper(torch.nn.Module):
+    """An encoder of one module."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.inner(pixel_values)
+
+
+def test_one_process_estimates_statistics_without_waiting_for_the_others():
+    """Floors are measured by the first alone; synchronised norms would wait for ever."""
+    assert run_processes(statistics_of_the_first_process) == [3.0, None]

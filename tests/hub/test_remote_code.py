@@ -33,10 +33,11 @@ for name in json.loads(sys.argv[1]):
     model = AutoModelForPreTraining.from_pretrained(name, **options)
     assert type(config).__module__.startswith("transformers_modules"), type(config)
     assert processor.views and type(processor).__module__.startswith("transformers_modules")
-    pixel_values = load_file(f"{name}.safetensors")["pixel_values"]
+    batch = load_file(f"{name}.safetensors")
     model.begin_step(0, 10, seed=3)
-    model.prepare_step([{model.main_input_name: pixel_values}])
-    results[name] = model(pixel_values, row_index=torch.arange(len(pixel_values))).loss.detach()
+    model.prepare_step([batch])
+    rows = torch.arange(len(batch[model.main_input_name]))
+    results[name] = model(**batch, row_index=rows).loss.detach()
     encoder = AutoModel.from_pretrained(name, **options)
     published = model.published_branch().backbone.state_dict()
     assert all(torch.equal(value, published[key]) for key, value in encoder.backbone.state_dict().items())
@@ -116,13 +117,13 @@ def test_models_load_and_compute_the_same_loss_in_a_process_without_this_package
     for row in ROWS:
         model = row.build().eval()
         processor = METHODS[row.method].processor_class.for_image_size(row.image_size)
-        pixel_values = row.images(4)
-        save_file({"pixel_values": pixel_values.contiguous()}, tmp_path / f"{row.name}.safetensors")
+        batch = {key: value.contiguous() for key, value in row.batch(4).items() if "local" not in key}
+        save_file(batch, tmp_path / f"{row.name}.safetensors")
         prepare_repository(model, tmp_path / row.name, processor=processor)
         model.begin_step(0, 10, seed=3)
-        model.prepare_step([{model.main_input_name: pixel_values}])
+        model.prepare_step([batch])
         with torch.no_grad():
-            expected[row.name] = float(model(pixel_values, row_index=torch.arange(4)).loss)
+            expected[row.name] = float(model(**batch, row_index=torch.arange(4)).loss)
     needing_no_timm = [row.name for row in ROWS if row.has_vit]
     assert 0 < len(needing_no_timm) < len(ROWS)
     run_python(

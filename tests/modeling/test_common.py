@@ -17,8 +17,8 @@ from tests.modeling.tiny import (
     ONE_OF_EACH,
     TINY_METHODS,
     TinyMethod,
+    companions,
     gradients,
-    local_views,
     run_step,
     training_state,
 )
@@ -43,7 +43,7 @@ def fixed_forward(model: SSLForPreTraining, pixels: Tensor) -> SSLOutput:
     batch = {
         model.main_input_name: pixels,
         "row_index": torch.arange(len(pixels)),
-        **local_views(model, pixels),
+        **companions(model, pixels),
     }
     with torch.no_grad():
         model.prepare_step([batch])
@@ -86,7 +86,7 @@ def test_every_method_of_the_table_has_a_row():
 @every_row
 def test_trains_every_parameter_but_the_frozen_ones_and_the_teacher(row):
     model = row.build()
-    outputs = model(row.images(8))
+    outputs = model(**row.batch(8))
     assert outputs.loss.shape == () and outputs.loss.isfinite() and outputs.loss.dtype == torch.float32
     outputs.loss.backward()
     for name, parameter in model.named_parameters():
@@ -100,7 +100,7 @@ def test_trains_every_parameter_but_the_frozen_ones_and_the_teacher(row):
 
 @every_row
 def test_everything_but_the_loss_is_detached(row):
-    outputs = row.build()(row.images(8))
+    outputs = row.build()(**row.batch(8))
     tensors = [outputs.features, outputs.projections, outputs.predictions, outputs.is_masked]
     tensors += [*(outputs.parts or {}).values(), *(outputs.updates or {}).values()]
     assert not any(tensor.requires_grad for tensor in tensors if tensor is not None)
@@ -176,7 +176,7 @@ def test_forward_in_eval_mode_changes_nothing_at_all(row):
     model = row.build().eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
-        model(row.images(8))
+        model(**row.batch(8))
     for name, value in model.state_dict().items():
         assert_close(value, before[name], rtol=0, atol=0)
 
@@ -197,11 +197,11 @@ def test_a_saved_run_loads_to_the_same_state_outputs_and_frozen_parameters(row, 
     for (name, mine), (_, theirs) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert mine.requires_grad == theirs.requires_grad, name
     model.eval()
-    pixels = row.images(8, seed=5)
+    batch = row.batch(8, seed=5)
     torch.manual_seed(0)
-    expected = model(pixels)
+    expected = model(**batch)
     torch.manual_seed(0)
-    assert_close(loaded(pixels).loss, expected.loss, rtol=0, atol=0)
+    assert_close(loaded(**batch).loss, expected.loss, rtol=0, atol=0)
 
 
 @every_method
@@ -277,7 +277,7 @@ def test_auto_model_reads_the_published_branch_from_a_run_without_a_warning(row,
 def test_an_encoder_alone_is_refused_because_heads_are_missing_and_names_one(row, tmp_path):
     row.build_encoder().save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"lacks .*(head|predictor|queue|center|decoder).*allow_new_heads=True"
+        ValueError, match=r"lacks .*(head|predictor|queue|center|decoder|similarity).*allow_new_heads=True"
     ):
         AutoModelForPreTraining.from_pretrained(tmp_path)
 
@@ -453,7 +453,8 @@ def test_eager_and_sdpa_attention_agree_in_all_branches(row):
         used = {layer.config._attn_implementation for layer in model.modules() if hasattr(layer, "is_causal")}
         assert used == {implementation}
         losses.append(fixed_forward(model, row.images(8, dtype=torch.float64)).loss)
-    near(losses[0], losses[1], 1e-12)
+    # transformers' text towers take the softmax of eager attention in float32.
+    near(losses[0], losses[1], 1e-6 if hasattr(model, "text_tower") else 1e-12)
 
 
 # The encoder
@@ -481,7 +482,8 @@ def test_other_channel_counts_train_and_encode(row, num_channels):
     model = row.build(backbone_config={"num_channels": num_channels})
     shape = list(row.images(4).shape)
     shape[-3] = num_channels
-    assert model(torch.randn(shape)).loss.isfinite()
+    pixels = torch.randn(shape)
+    assert model(pixels, **companions(model, pixels)).loss.isfinite()
     encoder = row.build_encoder(backbone_config={"num_channels": num_channels})
     assert encoder(torch.randn(2, num_channels, 16, 16)).pooler_output.shape == (2, 16)
 

@@ -15,7 +15,7 @@ from hf_ssl.modeling.shared.losses import koleo_loss
 from hf_ssl.modeling.shared.teacher import linear_warmup, num_steps, update_teacher
 from tests.closeness import near
 from tests.distributed import run_processes
-from tests.modeling.tiny import BY_NAME, gradients, local_views, run_step
+from tests.modeling.tiny import BY_NAME, companions, gradients, run_step
 
 VIT, CNN = BY_NAME["dino-vit"], BY_NAME["dino-cnn"]
 
@@ -42,7 +42,7 @@ def test_loss_is_that_of_algorithm_1_with_local_crops():
     """Mistakes 4, 5, 6, 33: every view against the teacher's other view, temperatures once each."""
     model = moved(VIT.build(koleo_weight=0.0).double())
     pixels = VIT.images(5, dtype=torch.float64)
-    local = local_views(model, pixels)["local_pixel_values"]
+    local = companions(model, pixels)["local_pixel_values"]
     views = [*pixels.unbind(1), *local.unbind(1)]
     targets = [
         ((logits(model, "teacher", view) - model.center.value) / 0.04).softmax(-1) for view in views[:2]
@@ -75,7 +75,7 @@ def test_student_sees_local_crops_and_the_teacher_does_not():
             lambda _, inputs, shapes=shapes: shapes.append(tuple(inputs[0].shape))
         )
     pixels = VIT.images(4)
-    model(pixels, **local_views(model, pixels))
+    model(pixels, **companions(model, pixels))
     assert seen == {"student": [(8, 3, 16, 16), (8, 3, 8, 8)], "teacher": [(8, 3, 16, 16)]}
 
 
@@ -83,7 +83,7 @@ def test_head_runs_once_on_all_views():
     """Its BatchNorm would otherwise have other statistics."""
     model = CNN.build()
     pixels = CNN.images(3)
-    model(pixels, **local_views(model, pixels))
+    model(pixels, **companions(model, pixels))
     norm = next(module for module in model.student.head.modules() if hasattr(module, "running_mean"))
     assert int(norm.num_batches_tracked) == 1
 
@@ -93,7 +93,7 @@ def test_separate_batch_norm_treats_every_view_as_a_batch_of_its_own():
     plain = {"koleo_weight": 0.0, "train_prototype_scale": False}
     model = moved(CNN.build(separate_batch_norm=True, **plain).double())
     pixels = CNN.images(4, dtype=torch.float64)
-    local = local_views(model, pixels)["local_pixel_values"]
+    local = companions(model, pixels)["local_pixel_values"]
     views = [*pixels.unbind(1), *local.unbind(1)]
     outputs = model(pixels, local)
     norm = next(module for module in model.student.modules() if hasattr(module, "running_mean"))
@@ -148,7 +148,7 @@ def test_centre_and_teacher_move_after_the_loss_in_the_authors_order():
     for name, value in model.teacher.named_parameters():
         near(value, 0.9 * teacher[name] + 0.1 * (student[name] + 0.01))
     other = moved(VIT.build().double())
-    near(loss, other(pixels, **local_views(other, pixels)).loss.item())
+    near(loss, other(pixels, **companions(other, pixels)).loss.item())
 
 
 def test_teacher_follows_the_authors_over_three_steps(golden):

@@ -10,7 +10,7 @@ from hf_ssl.modeling.shared.patch_distillation import mean_over_masked_views
 from hf_ssl.modeling.shared.prototypes import mean_of_other_views, row_cross_entropies, view_cross_entropies
 from tests.closeness import near, precision
 from tests.modeling.test_prototypes import axes
-from tests.modeling.tiny import BY_NAME, gradients, local_views, run_step
+from tests.modeling.tiny import BY_NAME, companions, gradients, run_step
 
 SHARED, UNSHARED = BY_NAME["ibot"], BY_NAME["ibot-unshared"]
 both_forms = pytest.mark.parametrize("row", [SHARED, UNSHARED], ids=lambda row: row.name)
@@ -98,7 +98,7 @@ def test_local_views_and_teacher_see_everything():
             with_kwargs=True,
         )
     pixels = SHARED.images(4)
-    model(pixels, **local_views(model, pixels))
+    model(pixels, **companions(model, pixels))
     assert calls == {"student": [True, False], "teacher": [False]}
 
 

@@ -125,6 +125,8 @@ def test_registration_is_idempotent_and_names_are_the_papers():
         "dinov2": "DINOv2Config",
         "ijepa": "IJEPAConfig",
         "vjepa": "VJEPAConfig",
+        "clip": "SSLCLIPConfig",
+        "siglip": "SigLIPConfig",
     }
 
 

@@ -60,6 +60,13 @@ TINY_CLIP_PREDICTOR = {
     "mask_num_tubes": [2, 1],
     "mask_scales": [0.2, 0.5],
 }
+TINY_TEXTS = {
+    "text_hidden_size": 16,
+    "text_num_hidden_layers": 2,
+    "text_num_attention_heads": 2,
+    "text_max_length": 8,
+    "vocab_size": 40,
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ class TinyMethod:
     @property
     def has_teacher(self) -> bool:
         """Whether the method keeps a momentum copy of the student."""
-        return self.method not in ("simclr", "mae", "beit", "beit_tokenizer")
+        return self.method not in ("simclr", "mae", "beit", "beit_tokenizer", "clip", "siglip")
 
     @property
     def teacher_has_head(self) -> bool:
@@ -154,7 +161,7 @@ class TinyMethod:
     def batch(self, num_images: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The images as the inputs of `forward` that a loader gives."""
         pixels = self.images(num_images, seed, dtype)
-        return {self.input_name: pixels, **local_views(METHODS[self.method].pretraining_class, pixels)}
+        return {self.input_name: pixels, **companions(METHODS[self.method].pretraining_class, pixels)}
 
 
 TINY_METHODS = [
@@ -283,6 +290,10 @@ TINY_METHODS = [
         num_views=0,
     ),
     TinyMethod("vjepa", "vjepa", TINY_CLIPS, TINY_CLIP_PREDICTOR, num_views=0),
+    TinyMethod("clip", "clip", TINY_VIT, {**TINY_TEXTS, "projection_size": 12}, num_views=0),
+    TinyMethod("clip-cnn", "clip", TINY_RESNET, {**TINY_TEXTS, "projection_size": None}, num_views=0),
+    TinyMethod("siglip", "siglip", {**TINY_VIT, "use_class_token": False}, TINY_TEXTS, num_views=0),
+    TinyMethod("siglip-cnn", "siglip", TINY_RESNET, TINY_TEXTS, num_views=0),
 ]
 BY_NAME = {row.name: row for row in TINY_METHODS}
 # The method itself, in its first form: for tests of what does not depend on the form.
@@ -300,6 +311,8 @@ ONE_OF_EACH = [
         "dinov2",
         "ijepa",
         "vjepa",
+        "clip",
+        "siglip",
     )  # fmt: skip
 ]
 
@@ -318,7 +331,7 @@ def run_step(
     for index, pixels in enumerate(micro_batches):
         first_row = (index * num_processes + rank) * len(pixels)
         rows = torch.arange(first_row, first_row + len(pixels))
-        batches.append({model.main_input_name: pixels, "row_index": rows, **local_views(model, pixels)})
+        batches.append({model.main_input_name: pixels, "row_index": rows, **companions(model, pixels)})
     model.begin_step(step, total_steps, seed=3)
     with torch.no_grad():
         model.prepare_step(batches)
@@ -338,13 +351,23 @@ def run_step(
     return total
 
 
-def local_views(model: SSLForPreTraining | type[SSLForPreTraining], pixels: Tensor) -> dict[str, Tensor]:
-    """Two corners of the first view, for methods that take small crops."""
-    if "local_pixel_values" not in inspect.signature(model.forward).parameters:
-        return {}
-    side = pixels.shape[-1] // 2
-    corners = [pixels[:, 0, :, :side, :side], pixels[:, 0, :, side:, side:]]
-    return {"local_pixel_values": torch.stack(corners, dim=1)}
+def companions(model: SSLForPreTraining | type[SSLForPreTraining], pixels: Tensor) -> dict[str, Tensor]:
+    """What a method takes beside images: two corners of the first view, or a caption of every image."""
+    taken = inspect.signature(model.forward).parameters
+    if "local_pixel_values" in taken:
+        side = pixels.shape[-1] // 2
+        corners = [pixels[:, 0, :, :side, :side], pixels[:, 0, :, side:, side:]]
+        return {"local_pixel_values": torch.stack(corners, dim=1)}
+    return {"input_ids": captions(pixels)} if "input_ids" in taken else {}
+
+
+def captions(pixels: Tensor, length: int = 8, vocab_size: int = 40) -> Tensor:
+    """Tokens that say how bright parts of images are: start, words, end, padding (the end again)."""
+    start, end = vocab_size - 2, vocab_size - 1
+    parts = torch.nn.functional.adaptive_avg_pool2d(pixels.float().mean(dim=1, keepdim=True), (1, length - 3))
+    words = ((parts.flatten(1) + 1) * start / 2).long().clamp(0, start - 1)
+    ends = torch.full((len(words), 2), end)
+    return torch.cat([torch.full((len(words), 1), start), words, ends], dim=1)
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

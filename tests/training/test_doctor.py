@@ -45,7 +45,7 @@ def entry(step: int, **values: float) -> dict[str, float]:
         "divergence": 0.6, "prototypes_in_use": 30.0, "center_norm": 0.8, "teacher_distance": 0.02,
         "patch_target_entropy": 2.5, "patch_mean_target_entropy": 3.8, "patch_divergence": 0.6,
         "patch_prototypes_in_use": 30.0, "loss_of_mean": 3.9, "token_entropy": 3.8, "perplexity": 45.0,
-        "accuracy": 0.1, "target_std": 0.8,
+        "accuracy": 0.1, "target_std": 0.8, "positive_cosine": 0.5, "negative_cosine": 0.1,
     }  # fmt: skip
     return {"step": step, **healthy, **values}
 
@@ -84,6 +84,7 @@ SIGNS = {
     "frequent tokens": {"token_entropy": 3.4},
     "few tokens": {"token_entropy": 0.5, "perplexity": 1.6, "loss": 0.4},
     "collapsed targets": {"target_std": 0.01},
+    "unmatched pairs": {"positive_cosine": 0.31, "negative_cosine": 0.3},
 }
 
 
@@ -201,17 +202,19 @@ def test_a_healthy_run_with_patches_is_silent(tmp_path: Path, caplog: pytest.Log
 
 
 @pytest.mark.slow
-def test_healthy_runs_of_masked_methods_are_silent(
+def test_healthy_runs_without_prototypes_are_silent(
     tokenizer: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
     runs = [Path(tokenizer)]
     runs.append(short(tmp_path / "mae", "mae", **VIT, learning_rate=3e-3).folder)
     runs.append(short(tmp_path / "beit", "beit", **VIT, tokenizer=tokenizer, learning_rate=3e-3).folder)
+    runs.append(short(tmp_path / "clip", "clip").folder)
     assert "alarm" not in caplog.text
     looked_for = [diagnose(str(run)) for run in runs]
     assert not any(diagnosis.alarms for diagnosis in looked_for)
     assert [diagnosis.judged for diagnosis in looked_for] == [
-        ["constant guess", "few tokens"], ["constant guess"], ["frequent tokens", "few tokens"]
+        ["constant guess", "few tokens"], ["constant guess"], ["frequent tokens", "few tokens"],
+        ["unmatched pairs"],
     ]  # fmt: skip
 
 
@@ -237,10 +240,12 @@ BROKEN: dict[str, dict[str, Any]] = {
     "frequent tokens": {**VIT, "learning_rate": 1e-9, "max_steps": 220},
     "few tokens": TOKENS,  # one for all, see below
     "collapsed targets": VIT,  # a teacher that shrinks, see below
+    "unmatched pairs": {"learning_rate": 1e-9, "max_steps": 220},
 }
 METHOD_OF = {
     "one prototype for patches": "ibot", "uniform targets of patches": "ibot", "constant guess": "mae",
     "frequent tokens": "beit", "few tokens": "beit_tokenizer", "collapsed targets": "ijepa",
+    "unmatched pairs": "clip",
 }  # fmt: skip
 
 

@@ -58,11 +58,11 @@ def assert_same_gradients(model: nn.Module, other: nn.Module, tolerance: float =
 @pytest.mark.parametrize("row", COUPLED, ids=lambda row: row.name)
 def test_forward_of_a_coupled_loss_is_its_two_halves(row):
     model = row.build().double()
-    pixels = row.images(8, dtype=torch.float64)
-    embeddings = model(pixels, embed_only=True).embeddings
+    batch = row.batch(8, dtype=torch.float64)
+    embeddings = model(**batch, embed_only=True).embeddings
     assert all(len(value) == 8 and value.requires_grad for value in embeddings.values())
-    assert_close(model.loss_from_embeddings(embeddings).loss, model(pixels).loss, rtol=0, atol=0)
-    assert model(pixels).embeddings is None  # which would keep the graph of a step alive
+    assert_close(model.loss_from_embeddings(embeddings).loss, model(**batch).loss, rtol=0, atol=0)
+    assert model(**batch).embeddings is None  # which would keep the graph of a step alive
 
 
 @pytest.mark.parametrize("size", [2, 4, 8, 16])

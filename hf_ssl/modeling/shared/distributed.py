@@ -6,6 +6,8 @@ the gradient of the loss on the merged batch (rows concatenated in rank order).
 Shape suffixes in this file: B = rows in this process, N = rows in all processes, C = channels.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,14 +19,31 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hf_ssl.modeling.shared.names import unknown_name_message
 
+_is_alone = False
+
+
+@contextlib.contextmanager
+def as_one_process() -> Iterator[None]:
+    """Let this process compute what the others do not take part in; they would be waited for otherwise."""
+    global _is_alone
+    before, _is_alone = _is_alone, True
+    try:
+        yield
+    finally:
+        _is_alone = before
+
 
 def world_size() -> int:
-    """Number of processes that train together; 1 without a process group."""
+    """Number of processes that train together; 1 without a process group, or within `as_one_process`."""
+    if _is_alone:
+        return 1
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Index of this process among them; 0 without a process group."""
+    """Index of this process among them; 0 without a process group, or within `as_one_process`."""
+    if _is_alone:
+        return 0
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -96,6 +115,41 @@ def all_gather_with_gradient(x: Tensor) -> Tensor:
         backward, or all wait for ever.
     """
     return x if world_size() == 1 else _GatherWithGradient.apply(x)
+
+
+class _PassToNext(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _shifted(x, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _shifted(gradient, -1)
+
+
+def _shifted(x: Tensor, distance: int) -> Tensor:
+    """What the process `distance` before this one in the ring holds; both directions are posted at once."""
+    count, own = world_size(), rank()
+    x, received = x.detach().contiguous(), torch.empty_like(x, memory_format=torch.contiguous_format)
+    operations = [
+        dist.P2POp(dist.isend, x, (own + distance) % count),
+        dist.P2POp(dist.irecv, received, (own - distance) % count),
+    ]
+    for request in dist.batch_isend_irecv(operations):  # one request on NCCL, one each on gloo
+        request.wait()
+    return received
+
+
+def pass_to_next(x: Tensor) -> Tensor:
+    """The tensor of the previous process in the ring; its gradient goes back to where it came from.
+
+    Args:
+        x: of the same shape in every process.
+
+    Every process must use the result in its backward, or its neighbours wait for ever.
+    """
+    return x if world_size() == 1 else _PassToNext.apply(x)
 
 
 class _SumWithGradient(torch.autograd.Function):

@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 # matches, so the counters of BatchNorm must not match.
 TEACHER_TENSORS = r"^teacher\..+(?<!num_batches_tracked)$"
 
+TEXT_TOWERS = ("clip_text_model", "siglip_text_model")  # native ones, whose configs are not ours
+
 
 class SSLPreTrainedModel(PreTrainedModel):
     """Initialisation and loading rules of all our models."""
@@ -52,6 +54,8 @@ class SSLPreTrainedModel(PreTrainedModel):
         chosen = self.config._attn_implementation
         for module in self.modules():
             config: Any = getattr(module, "config", None)
+            if getattr(config, "model_type", None) in TEXT_TOWERS:
+                config._attn_implementation = chosen
             if getattr(config, "model_type", None) != SSLViTConfig.model_type:
                 continue
             if config.use_shared_relative_position_bias and "flash" in str(chosen):
@@ -114,6 +118,7 @@ class SSLModel(SSLPreTrainedModel):
         r"(^|\.)(patch_)?head\.",
         r"(^|\.)patch_prototypes\.",
         r"^(student|teacher|queue|predictor|(patch_)?center|anchor|distiller|decoder|tokenizer)\b",
+        r"^(text_tower|text_projection|similarity)\b",
     ]
 
     def __init__(self, config: SSLConfig) -> None:
