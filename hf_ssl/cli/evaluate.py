@@ -102,7 +102,7 @@ def evaluate(
     if attentive is not None:
         result["attentive_top1"] = _attentive(encoder, processor, pair, attentive, limit)
     if fine_tune is not None:
-        result["fine_tune_top1"] = _fine_tune(model, pair, fine_tune, limit)
+        result["fine_tune_top1"] = _fine_tune(model, processor, pair, fine_tune, limit)
     _write(output, result)
 
 
@@ -168,12 +168,17 @@ def _attentive(
     return found
 
 
-def _fine_tune(model: str, pair: tuple[object, object], epochs: float, limit: int | None) -> float:
+def _fine_tune(
+    model: str, processor: Any, pair: tuple[object, object], epochs: float, limit: int | None
+) -> float:
     """Fine-tune the native encoder (a run's is in `encoder/`)."""
     import tempfile
 
+    from hf_ssl.data.clips import frames_of
     from hf_ssl.evaluation.fine_tune import fine_tune
 
+    if frames_of(processor) is not None:
+        raise ValueError("--fine_tune is for encoders of images; clips have probes alone, leave it out")
     native = Path(model) / "encoder"
     with tempfile.TemporaryDirectory() as folder:
         outcome = fine_tune(

@@ -32,6 +32,7 @@ def train(
     """Pre-train an encoder; any key of the recipe can follow as --key value (see `hf-ssl methods NAME`)."""
     from hf_ssl.cli.keys import parse_keys
     from hf_ssl.cli.quiet import quiet_libraries
+    from hf_ssl.training.publishing import BOTH_TOWERS
     from hf_ssl.training.run import train as run_training
 
     quiet_libraries()
@@ -59,10 +60,11 @@ def train(
         return
     if run.scores is not None:
         typer.echo(f"\n{run.scores.table()}\n\n{run.verdict()}")
+    both_towers = run.folder / BOTH_TOWERS
     typer.echo(
         f"\nrun       {run.folder}\n"
         f"encoder   {run.folder / 'encoder'}  ({run.native_class}, loads without hf_ssl)\n"
-        + (f"dual      {run.folder / 'dual'}  (images and texts)\n" if (run.folder / "dual").is_dir() else "")
+        + (f"dual      {both_towers}  (images and texts)\n" if both_towers.is_dir() else "")
         + (f"published {run.url}\n" if run.url else "")
         + f"next      hf-ssl show {run.folder}\n"
         f"          hf-ssl evaluate {run.folder} --dataset NAME_OR_FOLDER\n"

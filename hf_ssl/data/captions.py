@@ -3,11 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from hf_ssl.data.readers import ImageSource
-
-CAPTION_DRAW = 2  # part of the counter: another than those of the views and of a clip's place
+from hf_ssl.data.view_draws import CAPTION_DRAW, generator_of_sample
 
 
 def captions_of(value: Any) -> list[str]:
@@ -26,12 +23,7 @@ def choose_caption(value: Any, seed: tuple[int, int, int]) -> str:
     captions = captions_of(value)
     if len(captions) == 1:
         return captions[0]
-    run_seed, epoch, sample_id = seed
-    key, counter = (
-        np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, CAPTION_DRAW))
-    )
-    generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-    return captions[generator.integers(len(captions))]
+    return captions[generator_of_sample(seed, CAPTION_DRAW).integers(len(captions))]
 
 
 def read_captions(sources: list[ImageSource], limit: int) -> Iterator[str]:

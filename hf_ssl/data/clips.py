@@ -23,6 +23,7 @@ from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
 from hf_ssl.data.columns import DataError, printable
 from hf_ssl.data.decoding import BrokenImageError, FrameFiles, check_size, decode_image, is_video
 from hf_ssl.data.readers import load_image
+from hf_ssl.data.view_draws import FRAMES_DRAW, generator_of_sample
 from hf_ssl.data.view_recipe import FramesSpec, parse_frames
 from hf_ssl.data.views import ViewMaker, make_view
 
@@ -177,13 +178,7 @@ class ClipMaker:
 
     def decode(self, data: Any, seed: Seed) -> Frames:
         """Frames (T, H, W, 3) of a clip whose place in the video the seed draws."""
-        run_seed, epoch, sample_id = seed
-        # Another counter than that of the views' draws.
-        key, counter = (
-            np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, 1))
-        )
-        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        return decode_clip(data, self.frames, generator.random())
+        return decode_clip(data, self.frames, generator_of_sample(seed, FRAMES_DRAW).random())
 
     def __call__(self, image: Frames, seed: Seed) -> list[Tensor]:
         """The view of a decoded clip (T, H, W, 3): [uint8 (T, 3, S, S)]."""

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from hf_ssl.data.view_recipe import CropSpec, TransformSpec, ViewSpec
 
 CROP_ATTEMPTS = 10  # torchvision's RandomResizedCrop
@@ -24,6 +26,25 @@ TRANSFORM_DRAWS = {
     "gaussian_blur": 2,
     "solarize": 1,
 }
+
+
+# The words of the counter that tell the draws of one sample apart.
+VIEW_DRAW, FRAMES_DRAW, CAPTION_DRAW = 0, 1, 2
+
+
+def generator_of_sample(seed: tuple[int, int, int], draw: int) -> np.random.Generator:
+    """Random numbers of a sample, which depend on nothing but the run's seed, epoch and sample id.
+
+    Args:
+        seed: these three, each >= 0.
+        draw: what for, so that two draws of a sample have nothing to do with each other.
+    """
+    run_seed, epoch, sample_id = seed
+    # Philox keyed directly is cheaper than a hashed seed; the counter's lowest words count the numbers.
+    key, counter = (
+        np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, draw))
+    )
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 
 class CropBox(NamedTuple):

@@ -25,12 +25,14 @@ from hf_ssl.data.batched_views import MAX_BATCHED_SIDE, make_views
 from hf_ssl.data.decoding import BrokenImageError, decode_image
 from hf_ssl.data.pixels import OPERATIONS, crop_and_resize
 from hf_ssl.data.view_draws import (
+    VIEW_DRAW,
     CropBox,
     Step,
     ViewParameters,
     anchor_of,
     draw_crop,
     draw_view,
+    generator_of_sample,
     num_draws,
 )
 from hf_ssl.data.view_recipe import parse_recipe
@@ -139,13 +141,7 @@ class ViewMaker:
 
     def draw(self, height: int, width: int, seed: tuple[int, int, int]) -> list[ViewParameters]:
         """Draws the parameters that `__call__` uses for an image of this size with this seed."""
-        run_seed, epoch, sample_id = seed
-        # Philox keyed directly is cheaper than a hashed seed; the counter's lowest words count the draws.
-        key, counter = (
-            np.array(words, dtype=np.uint64) for words in ((run_seed, epoch), (0, 0, sample_id, 0))
-        )
-        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
-        uniforms = generator.random(self._draw_ends[-1]).tolist()
+        uniforms = generator_of_sample(seed, VIEW_DRAW).random(self._draw_ends[-1]).tolist()
         starts = [0, *self._draw_ends]
         drawn = [
             None if spec.crop is None else draw_view(spec, height, width, uniforms[start:end])

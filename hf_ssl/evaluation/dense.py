@@ -82,7 +82,7 @@ def patch_map(encoder: nn.Module, pixel_values: Tensor) -> Tensor:
     """Patch features (B, D, h, w) of a frozen encoder of images, float32 on the CPU."""
     inputs = place_inputs(pixel_values, encoder)
     with torch.inference_mode(), evaluating(encoder):
-        outputs = encoder(pixel_values=inputs)
+        outputs = forward_inputs(encoder, inputs)
     hidden = as_map(outputs.last_hidden_state, *token_layout(encoder, outputs, inputs))
     return hidden.float().cpu()
 

@@ -1,6 +1,7 @@
 """Images and texts to embeddings of one space, by a model of both."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,6 +27,13 @@ class ImageTextEncoder:
         inputs = self.processor.image_processor(images=list(pictures), return_tensors="pt")
         outputs = self.model.get_image_features(pixel_values=self._placed(inputs["pixel_values"]))
         return outputs.pooler_output.float().cpu()
+
+    def embed_in_turn(self, pictures: Iterable[Any], batch_size: int) -> Tensor:
+        """Embeddings of many pictures, which are read as they are needed; (0, 0) of none."""
+        remaining, found = iter(pictures), [torch.empty(0, 0)]
+        while part := list(islice(remaining, batch_size)):
+            found.append(self.embed_images(part))
+        return torch.cat(found[1:] or found)
 
     @torch.inference_mode()
     def embed_texts(self, texts: Sequence[str], batch_size: int = 128) -> Tensor:

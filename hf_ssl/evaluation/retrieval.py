@@ -6,6 +6,7 @@ Shape suffixes: N = images, M = texts, E = embedding width, Q = queries, C = can
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -154,26 +155,24 @@ def evaluate_retrieval(
     Raises:
         DataError: no captions, or fewer than two images.
     """
-    pictures: list[Any] = []
     captions: list[str] = []
     image_of_text: list[int] = []
-    embedded: list[Tensor] = []
-    for row_id, row in enumerate(source.rows(limit)):
-        texts = captions_of(row.get("text"))[:CAPTIONS_PER_IMAGE]
-        picture = decode_picture(row["image"], row_id) if texts else None
-        if picture is None:
-            continue
-        image_of_text += [len(pictures) + sum(map(len, embedded))] * len(texts)
-        captions += texts
-        pictures.append(picture)
-        if len(pictures) == batch_size:
-            embedded.append(encoder.embed_images(pictures))
-            pictures = []
-    if pictures:
-        embedded.append(encoder.embed_images(pictures))
-    if sum(map(len, embedded)) < 2:
+
+    def pictures() -> Iterator[Any]:
+        number = 0
+        for row_id, row in enumerate(source.rows(limit)):
+            texts = captions_of(row.get("text"))[:CAPTIONS_PER_IMAGE]
+            picture = decode_picture(row["image"], row_id) if texts else None
+            if picture is not None:
+                captions.extend(texts)
+                image_of_text.extend([number] * len(texts))
+                number += 1
+                yield picture
+
+    image_NE = encoder.embed_in_turn(pictures(), batch_size)
+    if len(image_NE) < 2:
         raise DataError(
             f"{source_name(source)} has fewer than two images with captions; retrieval needs several"
         )
     texts_ME = encoder.embed_texts(captions, batch_size)
-    return score_retrieval(torch.cat(embedded), texts_ME, torch.tensor(image_of_text), source_name(source))
+    return score_retrieval(image_NE, texts_ME, torch.tensor(image_of_text), source_name(source))

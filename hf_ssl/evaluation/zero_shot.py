@@ -4,7 +4,7 @@ Protocol of CLIP's notebook: embeddings of a class's prompts are normalised, ave
 Shape suffixes: N = images, C = classes, P = prompts of a class, E = embedding width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -156,20 +156,21 @@ def evaluate_zero_shot(
 def _embed_labelled(
     encoder: ImageTextEncoder, source: Any, limit: int | None, batch_size: int
 ) -> tuple[Tensor, Tensor]:
-    pictures, labels, embedded = [], [], []
-    for row_id, row in read_rows(source, limit):
-        picture = decode_picture(row["image"], row_id)
-        if picture is None:
-            continue
-        if row.get("label") is None:
-            raise DataError(f"row {row_id} of {source_name(source)} has no label; zero-shot scores need them")
-        pictures.append(picture)
-        labels.append(row["label"])
-        if len(pictures) == batch_size:
-            embedded.append(encoder.embed_images(pictures))
-            pictures = []
-    if pictures:
-        embedded.append(encoder.embed_images(pictures))
-    if not embedded:
+    labels: list[int] = []
+
+    def pictures() -> Iterator[Any]:
+        for row_id, row in read_rows(source, limit):
+            picture = decode_picture(row["image"], row_id)
+            if picture is None:
+                continue
+            if row.get("label") is None:
+                raise DataError(
+                    f"row {row_id} of {source_name(source)} has no label; zero-shot scores need them"
+                )
+            labels.append(row["label"])
+            yield picture
+
+    image_NE = encoder.embed_in_turn(pictures(), batch_size)
+    if not labels:
         raise DataError(f"{source_name(source)} has no image that can be read")
-    return torch.cat(embedded), torch.tensor(labels)
+    return image_NE, torch.tensor(labels)

@@ -6,20 +6,15 @@ empty: no blocks, zeros as weights. The trained predictor stays in the pre-train
 
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_ssl.hub.landing_vit import processor_options
 from hf_ssl.hub.native import VIDEO_CLASS, Landing
 from hf_ssl.modeling.shared.configuration import SSLViTConfig
 from hf_ssl.modeling.shared.image_processing import SSLImageProcessor
 from hf_ssl.modeling.shared.vit import SSLViTBackbone
-
-_PROCESSOR_FIELDS = (
-    "do_convert_rgb", "do_resize", "resample", "do_center_crop", "do_rescale", "rescale_factor",
-    "do_normalize", "image_mean", "image_std",
-)  # fmt: skip
 
 
 def land_video(backbone: SSLViTBackbone, processor: SSLImageProcessor) -> Landing:
@@ -32,7 +27,7 @@ def land_video(backbone: SSLViTBackbone, processor: SSLImageProcessor) -> Landin
     return Landing(
         native_class=VIDEO_CLASS,
         write=lambda folder: _write(backbone, processor, folder),
-        state_names=["embeddings"],
+        state_names=["embeddings", *(f"layers.{n}" for n in range(backbone.config.num_hidden_layers))],
         has_pooled_output=False,
         forward_options={"skip_predictor": True},
         notes=[
@@ -80,9 +75,9 @@ def _write(backbone: SSLViTBackbone, processor: SSLImageProcessor, folder: Path)
     empty = {name: torch.zeros_like(value) for name, value in state.items() if name.startswith("predictor.")}
     model.load_state_dict(empty | _state(backbone), strict=True)
     model.save_pretrained(folder)
-    options: dict[str, Any] = {name: getattr(processor, name) for name in _PROCESSOR_FIELDS}
-    # The side before the crop follows from it, as in our processor.
-    VJEPA2VideoProcessor(crop_size=config.image_size, **options).save_pretrained(folder)
+    # The native processor's side before the crop follows from the crop's, as ours does.
+    options = processor_options(processor) | {"crop_size": config.image_size}
+    VJEPA2VideoProcessor(**options).save_pretrained(folder)
 
 
 def _state(backbone: SSLViTBackbone) -> dict[str, Tensor]:

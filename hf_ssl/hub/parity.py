@@ -117,7 +117,8 @@ def _first_difference(
     """Name of the first state that differs; a state whose shape the rewrite changes is passed over."""
     try:
         own_states = backbone(own_input, output_hidden_states=True).hidden_states
-        native_states = native(native_input, output_hidden_states=True).hidden_states
+        options = {"output_hidden_states": True, **landing.forward_options}
+        native_states = native(native_input, **options).hidden_states
     except (AttributeError, ValueError):  # timm models without forward_intermediates
         return "last_hidden_state"
     for name, ours, theirs in zip(landing.state_names, own_states, native_states, strict=False):

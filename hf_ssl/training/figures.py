@@ -33,6 +33,7 @@ from hf_ssl.training.micro_batches import normalize_bytes
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import RecipeError, load_recipe
 from hf_ssl.training.run import open_sources
+from hf_ssl.training.texts import takes_texts
 
 NUM_IMAGES = 6
 NUM_CLIPS = 3
@@ -127,10 +128,11 @@ class _Figures:
 
     def reconstructions(self) -> Image.Image | None:
         """Hidden patches and what the decoder makes of them; for methods that predict pixels."""
-        pixel_values = self.pixel_values(self.images)
         views = self.processor.views
-        if len(views) != 1 or views[0]["count"] != 1 or self.frames is not None:
+        needs_more = self.frames is not None or takes_texts(self.recipe)  # than one image
+        if len(views) != 1 or views[0]["count"] != 1 or needs_more:
             return None
+        pixel_values = self.pixel_values(self.images)
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             outputs = self.model(pixel_values)

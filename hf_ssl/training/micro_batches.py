@@ -9,9 +9,6 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 
-TOKENS = ("input_ids", "attention_mask")
-
-
 def model_inputs(
     batches: list[Batch],
     rank: int,
@@ -28,7 +25,7 @@ def model_inputs(
     """
     numbered = []
     for index, batch in enumerate(batches):
-        inputs = {name: value for name, value in batch.items() if "pixel_values" in name or name in TOKENS}
+        inputs = {name: value for name, value in batch.items() if "pixel_values" in name}
         if tokenize is not None and "text" in batch:
             inputs |= tokenize(batch["text"])
         size = len(next(iter(inputs.values())))

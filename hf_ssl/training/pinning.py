@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from hf_ssl.data.sources import pin_revision
-from hf_ssl.training.recipes import DataArguments
+from hf_ssl.training.recipes import DataArguments, RecipeError
 
 
 def pin_datasets(data: DataArguments) -> DataArguments:
@@ -11,8 +11,11 @@ def pin_datasets(data: DataArguments) -> DataArguments:
 
     Raises:
         DataError: the Hub has no such dataset, or cannot be reached.
+        RecipeError: no data are named.
     """
     names = data.dataset
+    if not all([names] if isinstance(names, str) else names):
+        raise RecipeError("the recipe names no data; give yours with --dataset NAME_OR_FOLDER")
     return replace(
         data,
         dataset=[pin_revision(name) for name in names] if isinstance(names, list) else pin_revision(names),

@@ -8,6 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from hf_ssl.data.sources import DataError, open_images
+from hf_ssl.evaluation.image_text import ImageTextEncoder
 from hf_ssl.evaluation.retrieval import DEPTHS, evaluate_retrieval, score_retrieval
 from hf_ssl.evaluation.zero_shot import (
     TEMPLATES,
@@ -71,10 +72,13 @@ def test_eighty_templates_are_distinct_and_each_has_one_place_for_the_class():
     assert plain_class_names(["fire_truck", "dog"]) == ["fire truck", "dog"]
 
 
-class Colours:
+class Colours(ImageTextEncoder):
     """Stands for a model: an image is its mean colour, a text the colour it names."""
 
     NAMES = ("red", "green", "blue")
+
+    def __init__(self) -> None:
+        pass
 
     def embed_images(self, pictures: list[Image.Image]) -> Tensor:
         return torch.tensor([picture.resize((1, 1)).getpixel((0, 0)) for picture in pictures]).float()

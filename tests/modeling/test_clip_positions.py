@@ -74,6 +74,8 @@ def test_fixed_positions_refuse_another_length():
     backbone = SSLViTBackbone(video_vit(position_embedding_type="sincos_row_first"))
     with pytest.raises(ValueError, match="train with rope for other lengths"):
         backbone(torch.randn(1, 2, 3, 16, 16))
+    with pytest.raises(ValueError, match="train with rope for other lengths and sizes"):
+        backbone(torch.randn(1, 4, 3, 8, 32))  # as many patches
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,7 @@ def test_masks_depend_on_seed_step_and_row_alone():
 
 def test_groups_of_masks_must_fit_the_micro_batch_and_the_global_batch():
     model, pixels = ROW.build(mask_group_size=4), ROW.images(8)
-    with pytest.raises(ValueError, match="a micro-batch of 8 images spans 2 groups"):
+    with pytest.raises(ValueError, match="a micro-batch of 8 rows spans 2 groups"):
         run_step(model, [pixels])
     assert math.isfinite(run_step(model, list(pixels.split(2))))
     with pytest.raises(ValueError, match="mask_group_size 4 does not divide the global batch 6"):

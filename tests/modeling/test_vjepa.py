@@ -148,8 +148,13 @@ def test_cutting_at_random_spares_the_last_frames():
 
 
 def test_tubes_that_hide_everything_are_refused():
-    with pytest.raises(ValueError, match="hide whole clips; lower mask_scales"):
+    with pytest.raises(ValueError, match="hide whole clips of 2 x 4 x 4; lower mask_scales"):
         ROW.build(mask_scales=[0.2, 1.0], mask_aspect=[1.0, 1.0])(ROW.images(2))
+
+
+def test_so_many_tubes_that_nothing_is_left_are_refused():
+    with pytest.raises(ValueError, match="60 tubes .* hide whole clips of 2 x 4 x 4"):
+        ROW.build(mask_num_tubes=[60, 1], mask_scales=[0.6, 0.2])(ROW.images(2))
 
 
 def test_hidden_pixels_do_not_reach_the_context():
@@ -231,7 +236,7 @@ def test_encoder_takes_clips_of_other_lengths_and_images():
         ({"mask_aspect": [2.0, 1.0]}, "two rising numbers above 0"),
         ({"loss_exponent": 0.5}, "loss_exponent must be at least 1"),
         ({"truncation": "last"}, "truncation must be one of first, random"),
-        ({"predictor_num_attention_heads": 5}, "must be a multiple of its 5 attention heads"),
+        ({"predictor_num_attention_heads": 5}, "must be a multiple of 4 and of its 5 attention heads"),
         ({"backbone_config": {"num_frames": 1, "tubelet_size": 1}}, "needs a backbone of clips"),
     ],
 )

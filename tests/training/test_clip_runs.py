@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from hf_ssl.cli.evaluate import evaluate
 from hf_ssl.training.figures import draw_run
 from hf_ssl.training.probe_data import probe_sources
 from hf_ssl.training.recipes import DataArguments, RecipeError
@@ -109,3 +110,14 @@ def test_a_view_without_frames_is_refused_for_clips(videos: Path, tmp_path: Path
     views = [{"count": 1, "kind": "global", "crop": {"scale": [0.5, 1.0]}, "transforms": []}]
     with pytest.raises(RecipeError, match="frames"):
         train("vjepa", output_dir=str(tmp_path / "run"), dataset=str(videos), views=views, **TINY)
+
+
+def test_a_recipe_without_data_asks_for_yours(tmp_path: Path):
+    with pytest.raises(RecipeError, match="names no data; give yours with --dataset"):
+        train("vjepa", recipe="vjepa_small", output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_fine_tuning_on_clips_is_refused(run: Run, videos: Path):
+    with pytest.raises(ValueError, match="--fine_tune is for encoders of images"):
+        evaluate(str(run.folder), dataset=str(videos), limit=4, fine_tune=1.0)

@@ -13,6 +13,7 @@ from hf_ssl.cli.loading import load_image_text
 from hf_ssl.data.sources import DataError, open_images
 from hf_ssl.evaluation.retrieval import evaluate_retrieval
 from hf_ssl.evaluation.zero_shot import evaluate_zero_shot
+from hf_ssl.training.figures import draw_run
 from hf_ssl.training.recipes import RecipeError
 from hf_ssl.training.run import train
 from tests.clean_process import run_python
@@ -199,3 +200,8 @@ def test_the_zero_shot_pipeline_gives_our_scores_without_this_package(runs):
             expected = (logits + similarity.logit_bias).sigmoid()
         scores = torch.tensor([[found[folder][label] for label in labels]])
         assert (scores - expected).abs().max() < 1e-4, method
+
+
+def test_pictures_of_a_run_on_captions_are_those_of_its_images(runs, tmp_path):
+    names = {path.stem for path in draw_run(str(runs["clip"]), output_dir=str(tmp_path))}
+    assert {"views", "neighbors"} <= names and "reconstructions" not in names

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_ssl.modeling.shared.distributed import world_size
 from hf_ssl.modeling.shared.joint_embedding import JointEmbeddingForPreTraining, gather_tokens
 from hf_ssl.modeling.shared.losses import full_precision, without_autocast
 from hf_ssl.modeling.shared.multi_block import BlockMasks, draw_block_masks
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import patch_grid
 from hf_ssl.modeling.shared.predictor import PatchPredictor
-from hf_ssl.modeling.shared.pretraining import SSLModel, generator_of_step
+from hf_ssl.modeling.shared.pretraining import SSLModel
 
 from .configuration_ijepa import IJEPAConfig
 
@@ -83,16 +82,10 @@ class IJEPAForPreTraining(JointEmbeddingForPreTraining):
 
     # The masks
 
-    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
-        """Draw the masks of all rows of the step, the same on every process."""
-        num_rows = world_size() * sum(len(batch["pixel_values"]) for batch in batches)
-        group_size = self.config.mask_group_size or num_rows
-        generator = generator_of_step(*self._mask_seed)
-        self._masks_of_step = self._draw_masks(batches[0]["pixel_values"], num_rows, group_size, generator)
-
-    def _draw_masks(
+    def draw_masks(
         self, pixel_values: Tensor, num_rows: int, group_size: int, generator: torch.Generator
     ) -> BlockMasks:
+        """Context and target blocks of all rows of a step."""
         config = self.config
         return draw_block_masks(
             num_rows,
@@ -165,12 +158,8 @@ class IJEPAForPreTraining(JointEmbeddingForPreTraining):
             return context_mask[0], torch.stack(list(target_mask))
         if context_mask is not None or target_mask is not None:
             raise ValueError("give one context_mask and one or more target_mask, or neither")
-        masks = self._masks_of_step
-        if masks is None or row_index is None:
-            num_rows = len(pixel_values)
-            row_index = torch.arange(num_rows, device=pixel_values.device)
-            masks = self._draw_masks(pixel_values, num_rows, num_rows, generator_of_step(0, 0))
-        return masks.of_rows(row_index)
+        masks, rows = self.masks_for(pixel_values, row_index)
+        return masks.of_rows(rows)
 
     @torch.no_grad()
     def agreement(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

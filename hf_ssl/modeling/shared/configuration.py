@@ -5,6 +5,7 @@ A method's config holds its own hyper-parameters and a `backbone_config`, which 
 would store a misspelt one without a word.
 """
 
+import math
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ _FIELDS_OF_RELOADED_CONFIGS = {
     "_experts_implementation_internal", "experts_implementation", "output_attentions", "num_labels",
     "is_custom_code", "custom_pipelines", "base_model_tp_plan",
 }  # fmt: skip
+
+# Up to this rate of drop path samples are dropped one by one, above it a fixed number of them, whose branch
+# is then not computed: at low rates that would save nothing and round the rate. The limit is DINOv2's.
+LARGEST_RATE_PER_SAMPLE = 0.1
 
 # Below this a CNN gets a 3x3 stem without pooling (SimCLR paper, appendix B.9: CIFAR-10).
 SMALL_IMAGE_SIDE = 64
@@ -154,8 +159,10 @@ class SSLViTConfig(PreTrainedConfig):
                 f"rope needs heads of an even width of at least 6, got {head_dim}; change hidden_size or "
                 "num_attention_heads"
             )
-        if self.drop_path_rate > 0.1:
-            raise ValueError(f"rope takes a drop_path_rate of at most 0.1, got {self.drop_path_rate}")
+        if self.drop_path_rate > LARGEST_RATE_PER_SAMPLE:
+            raise ValueError(
+                f"rope takes a drop_path_rate of at most {LARGEST_RATE_PER_SAMPLE}, got {self.drop_path_rate}"
+            )
 
     def validate_relative_positions(self) -> None:
         """Refuse what a table of relative positions does not know."""
@@ -189,9 +196,14 @@ class SSLViTConfig(PreTrainedConfig):
         return self.num_frames > 1
 
     @property
+    def clip_grid(self) -> tuple[int, int, int]:
+        """(time steps, rows, columns) of patches of a clip of `num_frames`; an image has one time step."""
+        return self.num_frames // self.tubelet_size, self.grid_size, self.grid_size
+
+    @property
     def num_patches(self) -> int:
         """Patches of an image, or of a clip of `num_frames`."""
-        return self.num_frames // self.tubelet_size * self.grid_size**2
+        return math.prod(self.clip_grid)
 
 
 @strict

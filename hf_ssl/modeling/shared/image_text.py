@@ -133,6 +133,12 @@ class SSLImageTextForPreTraining(SSLForPreTraining):
         self.build_text_tower()
         self.finish_construction()
 
+    def share_attention_implementation(self) -> None:
+        """The text tower's too, whose config is a native one."""
+        super().share_attention_implementation()
+        config: Any = self.text_tower.config
+        config._attn_implementation = self.config._attn_implementation
+
     # What a method is
 
     def build_image_head(self, backbone: nn.Module) -> nn.Module:

@@ -9,23 +9,67 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from hf_ssl.modeling.shared.backbone import build_backbone
 from hf_ssl.modeling.shared.configuration import SSLConfig
+from hf_ssl.modeling.shared.distributed import world_size
 from hf_ssl.modeling.shared.losses import full_precision, without_autocast
-from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, SSLForPreTraining
+from hf_ssl.modeling.shared.multi_block import TRUNCATIONS
+from hf_ssl.modeling.shared.pretraining import TEACHER_TENSORS, Branch, SSLForPreTraining, generator_of_step
 from hf_ssl.modeling.shared.teacher import linear_momentum, update_teacher
 
 
-class JointEmbeddingBranch(nn.Module):
-    """A backbone, with the predictor in the student alone."""
+@strict
+class JointEmbeddingConfig(SSLConfig):
+    """Predictor, teacher, and how lists of patches are cut. Defaults are those of the authors' code."""
 
-    def __init__(self, config: SSLConfig, head: nn.Module | None) -> None:
-        super().__init__()
-        self.backbone = build_backbone(config.backbone_config)
-        if head is not None:
-            self.head = head
+    predictor_hidden_size: int = 384  # pred_emb_dim
+    predictor_num_hidden_layers: int = 12  # pred_depth
+    predictor_num_attention_heads: int | None = None  # None: the encoder's
+    # Lists of a group are cut to its smallest: the "first" patches stay, as in the authors' code, which
+    # starves the lower rows and the last frames, or "random" ones.
+    truncation: str = "first"
+    # Consecutive rows among which lists are cut, a multiple of the micro-batch; None: all of a step.
+    mask_group_size: int | None = None
+    teacher_momentum: float | int = 0.996  # ema, its start
+    teacher_momentum_end: float | int = 1.0  # reached on a line
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.require_vit()
+        width, heads = self.predictor_hidden_size, self.predictor_heads
+        if width % heads or width % 4:
+            raise ValueError(
+                f"predictor_hidden_size {width} must be a multiple of 4 and of its {heads} attention heads; "
+                "change it or predictor_num_attention_heads"
+            )
+
+    @property
+    def predictor_heads(self) -> int:
+        """Attention heads of the predictor."""
+        return self.predictor_num_attention_heads or self.encoder_config.num_attention_heads
+
+    def validate_predictor(self) -> None:
+        """Refuse a predictor without blocks."""
+        if self.predictor_num_hidden_layers < 1:
+            raise ValueError(
+                f"predictor_num_hidden_layers must be at least 1, got {self.predictor_num_hidden_layers}"
+            )
+
+    def validate_lists(self) -> None:
+        """Refuse unknown truncations and empty groups."""
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {', '.join(TRUNCATIONS)}, got '{self.truncation}'")
+        if self.mask_group_size is not None and self.mask_group_size < 1:
+            raise ValueError(f"mask_group_size must be at least 1, got {self.mask_group_size}")
+
+    def validate_momenta(self) -> None:
+        """Refuse momenta outside [0, 1]."""
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 class JointEmbeddingForPreTraining(SSLForPreTraining):
@@ -33,15 +77,16 @@ class JointEmbeddingForPreTraining(SSLForPreTraining):
 
     base_model_prefix = "teacher"
     _keep_in_fp32_modules_strict = [TEACHER_TENSORS]
-    config: Any
-    student: JointEmbeddingBranch
-    teacher: JointEmbeddingBranch
+    config: JointEmbeddingConfig
+    student: Branch
+    teacher: nn.Module
 
-    def __init__(self, config: SSLConfig) -> None:
+    def __init__(self, config: JointEmbeddingConfig) -> None:
         super().__init__(config)
-        self.student = JointEmbeddingBranch(config, self.build_predictor())
-        self.teacher = JointEmbeddingBranch(config, None)
-        self._teacher_momentum = float(self.config.teacher_momentum)
+        self.student = Branch(build_backbone(config.backbone_config), self.build_predictor())
+        self.teacher = nn.Module()  # without a predictor
+        self.teacher.backbone = build_backbone(config.backbone_config)
+        self._teacher_momentum = float(config.teacher_momentum)
         self._mask_seed = (0, 0)
         self._masks_of_step: Any = None
         self.finish_construction()
@@ -49,7 +94,13 @@ class JointEmbeddingForPreTraining(SSLForPreTraining):
 
     def build_predictor(self) -> nn.Module:
         """The student's head."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} must define build_predictor")
+
+    def draw_masks(
+        self, pixel_values: Tensor, num_rows: int, group_size: int, generator: torch.Generator
+    ) -> Any:
+        """Masks of all rows of a step, for images or clips of this size."""
+        raise TypeError(f"{type(self).__name__} must define draw_masks")
 
     def train(self, mode: bool = True) -> "JointEmbeddingForPreTraining":
         """The teacher stays in eval mode, so that no drop path blurs its targets."""
@@ -64,6 +115,26 @@ class JointEmbeddingForPreTraining(SSLForPreTraining):
         )
         self._mask_seed = (seed, step)
         self._masks_of_step = None
+
+    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
+        """Draw the masks of all rows of the step, the same on every process."""
+        inputs = [batch[self.main_input_name] for batch in batches]
+        num_rows = world_size() * sum(len(pixel_values) for pixel_values in inputs)
+        group_size = self.config.mask_group_size or num_rows
+        self._masks_of_step = self.draw_masks(
+            inputs[0], num_rows, group_size, generator_of_step(*self._mask_seed)
+        )
+
+    def masks_for(self, pixel_values: Tensor, row_index: Tensor | None) -> tuple[Any, Tensor]:
+        """Masks, and the rows of them that these images or clips have (B,).
+
+        Without `row_index`, or before a step, they are drawn for this batch alone, the same in every call.
+        """
+        if self._masks_of_step is not None and row_index is not None:
+            return self._masks_of_step, row_index
+        num_rows = len(pixel_values)
+        masks = self.draw_masks(pixel_values, num_rows, num_rows, generator_of_step(0, 0))
+        return masks, torch.arange(num_rows, device=pixel_values.device)
 
     def end_step(self, updates: list[dict[str, Tensor]]) -> None:
         """Move the teacher towards the student that the optimizer has just changed."""
@@ -82,7 +153,8 @@ class JointEmbeddingForPreTraining(SSLForPreTraining):
     @torch.no_grad()
     def teacher_tokens(self, pixel_values: Tensor) -> Tensor:
         """The teacher's tokens (B, N, D) of whole images or clips, each to mean 0 and variance 1."""
-        tokens_BND = self.teacher.backbone(pixel_values).last_hidden_state
+        backbone: Any = self.teacher.backbone
+        tokens_BND: Tensor = backbone(pixel_values).last_hidden_state
         with without_autocast(tokens_BND):
             return F.layer_norm(full_precision(tokens_BND), tokens_BND.shape[-1:])
 

@@ -41,14 +41,23 @@ class BlockMasks:
             ValueError: they belong to several groups, whose contexts have different sizes.
         """
         device, row_index = row_index.device, row_index.cpu()
-        groups = (row_index // self.group_size).unique()
-        if len(groups) != 1:
-            raise ValueError(
-                f"a micro-batch of {len(row_index)} images spans {len(groups)} groups of "
-                f"mask_group_size {self.group_size}; make it a multiple of the micro-batch, or leave it out"
-            )
-        context = self.contexts[int(groups)][row_index % self.group_size]
-        return context.to(device), self.target_index[:, row_index].to(device)
+        group, rows = place_in_group(row_index, self.group_size)
+        return self.contexts[group][rows].to(device), self.target_index[:, row_index].to(device)
+
+
+def place_in_group(row_index_B: Tensor, group_size: int) -> tuple[int, Tensor]:
+    """The group of consecutive rows that all these rows are of, and their numbers in it (B,).
+
+    Raises:
+        ValueError: they belong to several groups, whose masks have different sizes.
+    """
+    groups = (row_index_B // group_size).unique()
+    if len(groups) != 1:
+        raise ValueError(
+            f"a micro-batch of {len(row_index_B)} rows spans {len(groups)} groups of mask_group_size "
+            f"{group_size}; make it a multiple of the micro-batch, or leave it out"
+        )
+    return int(groups), row_index_B % group_size
 
 
 def draw_block_size(

@@ -23,6 +23,12 @@ def clip_grid(pixel_values_BTCHW: Tensor, tubelet_size: int, patch_size: int) ->
     return pixel_values_BTCHW.shape[1] // tubelet_size, *patch_grid(pixel_values_BTCHW, patch_size)
 
 
+def clip_places(index: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Time step, row and column of the patches with these indices, each of the shape of `index`."""
+    _, rows, columns = grid
+    return index // (rows * columns), index // columns % rows, index % columns
+
+
 def _split(pixel_values_BCHW: Tensor, patch_size: int) -> Tensor:
     height, width = pixel_values_BCHW.shape[2:]
     if height % patch_size or width % patch_size:
@@ -115,7 +121,6 @@ def clip_patches(
     patches = split.unflatten(1, (-1, tubelet_size)).permute(0, 1, 4, 6, 3, 2, 5, 7)
     if kept_index_BM is None:
         return patches.flatten(4).flatten(1, 3)
-    rows, columns = patches.shape[2:4]
     clip_B1 = torch.arange(len(patches), device=patches.device)[:, None]
-    place = (kept_index_BM // (rows * columns), kept_index_BM // columns % rows, kept_index_BM % columns)
-    return patches[(clip_B1, *place)].flatten(2)
+    places = clip_places(kept_index_BM, clip_grid(pixel_values_BTCHW, tubelet_size, patch_size))
+    return patches[(clip_B1, *places)].flatten(2)

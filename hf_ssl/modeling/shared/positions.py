@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_ssl.modeling.shared.names import unknown_name_message
+from hf_ssl.modeling.shared.patches import clip_places
 
 
 def sincos_positions(
@@ -93,12 +94,10 @@ def make_rotations(index_BN: Tensor, grid: tuple[int, int, int], head_dim: int) 
     Returns:
         Cosines and sines (B, 1, N, H), float32, or float64 where that is torch's default.
     """
-    _, rows, columns = grid
-    places = (index_BN // (rows * columns), index_BN // columns % rows, index_BN % columns)
     half = head_dim // 3 // 2
     dtype, device = torch.get_default_dtype(), index_BN.device
     frequencies = 10000.0 ** (-torch.arange(half, dtype=dtype, device=device) / half)
-    parts = [(place[..., None] * frequencies).repeat(1, 1, 2) for place in places]
+    parts = [(place[..., None] * frequencies).repeat(1, 1, 2) for place in clip_places(index_BN, grid)]
     parts.append(torch.zeros(*index_BN.shape, head_dim - 6 * half, dtype=dtype, device=device))
     angles_B1NH = torch.cat(parts, dim=-1)[:, None]
     return angles_B1NH.cos(), angles_B1NH.sin()

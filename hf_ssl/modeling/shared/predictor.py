@@ -71,14 +71,13 @@ class PatchPredictor(nn.Module):
         """Mask token and positions."""
         if hasattr(self, "mask_token"):
             init.normal_(self.mask_token, std=0.02)
-        side, frames = self.config.grid_size, self.config.num_frames // self.config.tubelet_size
         if self.position_embeddings is None:
             return
+        width, side = self.config.hidden_size, self.config.grid_size
         if self.config.is_video:
-            table = sincos_positions_of_clips(self.config.hidden_size, (frames, side, side))
-            init.copy_(self.position_embeddings, table)
-            return
-        table = sincos_positions(self.config.hidden_size, side, side, first="column", class_token=False)
+            table = sincos_positions_of_clips(width, self.config.clip_grid)
+        else:
+            table = sincos_positions(width, side, side, first="column", class_token=False)
         init.copy_(self.position_embeddings, table.reshape(self.position_embeddings.shape))
 
     def positions(self, grid: tuple[int, int]) -> Tensor:

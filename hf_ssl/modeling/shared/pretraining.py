@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 # matches, so the counters of BatchNorm must not match.
 TEACHER_TENSORS = r"^teacher\..+(?<!num_batches_tracked)$"
 
-TEXT_TOWERS = ("clip_text_model", "siglip_text_model")  # native ones, whose configs are not ours
-
 
 class SSLPreTrainedModel(PreTrainedModel):
     """Initialisation and loading rules of all our models."""
@@ -47,15 +45,14 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """Initialise weights once all modules exist."""
-        self._share_attention_implementation()
+        self.share_attention_implementation()
         super().post_init()
 
-    def _share_attention_implementation(self) -> None:
+    def share_attention_implementation(self) -> None:
+        """Give all branches the implementation chosen."""
         chosen = self.config._attn_implementation
         for module in self.modules():
             config: Any = getattr(module, "config", None)
-            if getattr(config, "model_type", None) in TEXT_TOWERS:
-                config._attn_implementation = chosen
             if getattr(config, "model_type", None) != SSLViTConfig.model_type:
                 continue
             if config.use_shared_relative_position_bias and "flash" in str(chosen):
@@ -67,7 +64,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Choose eager, sdpa or flash attention for all branches."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        self._share_attention_implementation()
+        self.share_attention_implementation()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_ssl.modeling.shared.multi_block import kept_indices
+from hf_ssl.modeling.shared.multi_block import kept_indices, place_in_group
 
+COVER_ATTEMPTS = 1000  # to draw tubes again for clips of which they leave nothing
 Grid = tuple[int, int, int]  # (time steps, rows, columns) of patches
 
 
@@ -38,14 +39,8 @@ class TubeMasks:
         Raises:
             ValueError: they belong to several groups, whose masks have different sizes.
         """
-        device, row_index = row_index.device, row_index.cpu()
-        groups = (row_index // self.group_size).unique()
-        if len(groups) != 1:
-            raise ValueError(
-                f"a micro-batch of {len(row_index)} clips spans {len(groups)} groups of mask_group_size "
-                f"{self.group_size}; make it a multiple of the micro-batch, or leave it out"
-            )
-        group, rows = int(groups), row_index % self.group_size
+        device = row_index.device
+        group, rows = place_in_group(row_index.cpu(), self.group_size)
         return self.contexts[group][rows].to(device), self.targets[group][rows].to(device)
 
 
@@ -105,16 +100,19 @@ def draw_tube_masks(
         group_size: consecutive rows whose lists are cut to one size.
 
     Raises:
-        ValueError: tubes as large as the clip, which leave no context.
+        ValueError: tubes so large, or so many, that they leave no context.
     """
     size = draw_tube_size(grid, scale, aspect, temporal_scale, generator)
-    if size == grid:
-        raise ValueError(
-            f"tubes of {size[0]} x {size[1]} x {size[2]} patches hide whole clips; lower mask_scales, or use "
-            "smaller patches"
-        )
     covered_RN = draw_tubes(num_rows, num_tubes, size, grid, generator)
+    attempts = 0
     while (is_full_R := covered_RN.all(dim=1)).any():
+        attempts += 1
+        if size == grid or attempts > COVER_ATTEMPTS:
+            raise ValueError(
+                f"{num_tubes} tubes of {size[0]} x {size[1]} x {size[2]} patches hide whole clips of "
+                f"{grid[0]} x {grid[1]} x {grid[2]}; lower mask_scales or mask_num_tubes, or use smaller "
+                "patches"
+            )
         covered_RN[is_full_R] = draw_tubes(int(is_full_R.sum()), num_tubes, size, grid, generator)
     groups = covered_RN.split(group_size)
     contexts = [kept_indices(~group, truncation, generator) for group in groups]

@@ -21,7 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from hf_ssl.modeling.shared.configuration import SSLViTConfig
+from hf_ssl.modeling.shared.configuration import LARGEST_RATE_PER_SAMPLE, SSLViTConfig
 from hf_ssl.modeling.shared.initialization import set_weight_initialization
 from hf_ssl.modeling.shared.losses import without_autocast
 from hf_ssl.modeling.shared.patches import clip_grid, clip_patches, gather_pixel_patches, patch_grid
@@ -139,8 +139,8 @@ class SSLViTEmbeddings(nn.Module):
         if config.position_embedding_type == "learned":
             init.trunc_normal_(self.position_embeddings, std=0.02)
         elif config.is_video:
-            grid = (config.num_frames // config.tubelet_size, config.grid_size, config.grid_size)
-            init.copy_(self.position_embeddings, sincos_positions_of_clips(config.hidden_size, grid))
+            table = sincos_positions_of_clips(config.hidden_size, config.clip_grid)
+            init.copy_(self.position_embeddings, table)
         else:
             first = "row" if config.position_embedding_type == "sincos_row_first" else "column"
             table = sincos_positions(
@@ -171,12 +171,8 @@ class SSLViTEmbeddings(nn.Module):
             )
         class_token: Tensor | None = self.cls_token
         if self.position_embeddings is not None:
+            self._check_clips(pixel_values)
             positions = self.positions(grid)
-            if self.config.is_video and positions.shape[1] != clip_patch_count(pixel_values, self.config):
-                raise ValueError(
-                    f"fixed positions of clips are for {self.config.num_frames} frames of "
-                    f"{self.config.image_size} px; train with rope for other lengths"
-                )
             patch_positions = positions[:, int(self.config.use_class_token) :]
             if kept_index_BM is not None:
                 index = kept_index_BM.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
@@ -189,6 +185,16 @@ class SSLViTEmbeddings(nn.Module):
         if class_token is not None:
             tokens.insert(0, class_token.to(patches_BND.dtype).expand(len(patches_BND), -1, -1))
         return torch.cat(tokens, dim=1)
+
+    def _check_clips(self, pixel_values: Tensor) -> None:
+        config = self.config
+        if not config.is_video:
+            return
+        if config.clip_grid != clip_grid(pixel_values, config.tubelet_size, config.patch_size):
+            raise ValueError(
+                f"fixed positions of clips are for {config.num_frames} frames of {config.image_size} px; "
+                "train with rope for other lengths and sizes"
+            )
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Position table (1, [1 +] N, D) for a patch grid, resized where it is not the training grid."""
@@ -204,11 +210,6 @@ class SSLViTEmbeddings(nn.Module):
             offset=self.config.interpolate_offset,
             antialias=self.config.interpolate_antialias,
         )
-
-
-def clip_patch_count(pixel_values_BTCHW: Tensor, config: SSLViTConfig) -> int:
-    """Patches of one of these clips."""
-    return math.prod(clip_grid(pixel_values_BTCHW, config.tubelet_size, config.patch_size))
 
 
 def _cut_normal(tensor: Tensor, std: float) -> Tensor:
@@ -349,11 +350,6 @@ class SSLViTLayerScale(nn.Module):
     def forward(self, tokens_BTD: Tensor) -> Tensor:
         """Tokens of the same shape."""
         return tokens_BTD * self.lambda1
-
-
-# Up to this rate samples are dropped one by one, above it a fixed number of them, whose branch is then not
-# computed: at low rates that would save nothing and round the rate. The limit is DINOv2's.
-LARGEST_RATE_PER_SAMPLE = 0.1
 
 
 class SSLViTDropPath(nn.Module):

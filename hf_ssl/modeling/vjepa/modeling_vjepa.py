@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from hf_ssl.modeling.shared.distributed import world_size
 from hf_ssl.modeling.shared.joint_embedding import JointEmbeddingForPreTraining, gather_tokens
 from hf_ssl.modeling.shared.losses import full_precision, without_autocast
 from hf_ssl.modeling.shared.outputs import SSLOutput
 from hf_ssl.modeling.shared.patches import clip_grid
 from hf_ssl.modeling.shared.positions import make_rotations
 from hf_ssl.modeling.shared.predictor import PatchPredictor
-from hf_ssl.modeling.shared.pretraining import SSLModel, generator_of_step
+from hf_ssl.modeling.shared.pretraining import SSLModel
 from hf_ssl.modeling.shared.tubes import Grid, TubeMasks, draw_tube_masks
 
 from .configuration_vjepa import VJEPAConfig
@@ -121,24 +120,16 @@ class VJEPAForPreTraining(JointEmbeddingForPreTraining):
         """The student's head."""
         return VJEPAPredictor(self.config)
 
-    def prepare_step(self, batches: list[dict[str, Tensor]]) -> None:
-        """Draw the masks of all rows of the step, the same on every process."""
-        clips = [batch["pixel_values_videos"] for batch in batches]
-        num_rows = world_size() * sum(len(part) for part in clips)
-        group_size = self.config.mask_group_size or num_rows
-        self._masks_of_step = self._draw_masks(
-            self._grid(clips[0]), num_rows, group_size, generator_of_step(*self._mask_seed)
-        )
-
-    def _draw_masks(
-        self, grid: Grid, num_rows: int, group_size: int, generator: torch.Generator
+    def draw_masks(
+        self, pixel_values: Tensor, num_rows: int, group_size: int, generator: torch.Generator
     ) -> list[TubeMasks]:
+        """Tubes of each kind of mask, of all rows of a step."""
         config = self.config
         kinds = zip(config.mask_num_tubes or (), config.mask_scales or (), strict=True)
         return [
             draw_tube_masks(
                 num_rows,
-                grid,
+                self._grid(pixel_values),
                 generator,
                 num_tubes=num_tubes,
                 scale=scale,
@@ -247,11 +238,8 @@ class VJEPAForPreTraining(JointEmbeddingForPreTraining):
                 return list(zip(context_mask, target_mask, strict=True))
         if context_mask is not None or target_mask is not None:
             raise ValueError(f"give {num_kinds} context_mask and {num_kinds} target_mask, or neither")
-        masks: list[TubeMasks] | None = self._masks_of_step
-        if masks is None or row_index is None:
-            row_index = torch.arange(len(clips), device=clips.device)
-            masks = self._draw_masks(self._grid(clips), len(clips), len(clips), generator_of_step(0, 0))
-        return [kind.of_rows(row_index) for kind in masks]
+        masks, rows = self.masks_for(clips, row_index)
+        return [kind.of_rows(rows) for kind in masks]
 
     def _loss(self, predictions: Tensor, targets: Tensor) -> Tensor:
         with without_autocast(predictions):
