@@ -9,6 +9,9 @@ from torch import Tensor
 Batch = dict[str, Any]
 
 
+TOKENS = ("input_ids", "attention_mask")  # of batches whose texts are tokens already
+
+
 def model_inputs(
     batches: list[Batch],
     rank: int,
@@ -25,7 +28,7 @@ def model_inputs(
     """
     numbered = []
     for index, batch in enumerate(batches):
-        inputs = {name: value for name, value in batch.items() if "pixel_values" in name}
+        inputs = {name: value for name, value in batch.items() if "pixel_values" in name or name in TOKENS}
         if tokenize is not None and "text" in batch:
             inputs |= tokenize(batch["text"])
         size = len(next(iter(inputs.values())))

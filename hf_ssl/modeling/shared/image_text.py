@@ -133,9 +133,9 @@ class SSLImageTextForPreTraining(SSLForPreTraining):
         self.build_text_tower()
         self.finish_construction()
 
-    def share_attention_implementation(self) -> None:
+    def _share_attention_implementation(self) -> None:
         """The text tower's too, whose config is a native one."""
-        super().share_attention_implementation()
+        super()._share_attention_implementation()
         config: Any = self.text_tower.config
         config._attn_implementation = self.config._attn_implementation
 

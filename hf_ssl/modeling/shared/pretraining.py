@@ -45,10 +45,10 @@ class SSLPreTrainedModel(PreTrainedModel):
 
     def post_init(self) -> None:
         """Initialise weights once all modules exist."""
-        self.share_attention_implementation()
+        self._share_attention_implementation()
         super().post_init()
 
-    def share_attention_implementation(self) -> None:
+    def _share_attention_implementation(self) -> None:
         """Give all branches the implementation chosen."""
         chosen = self.config._attn_implementation
         for module in self.modules():
@@ -64,7 +64,7 @@ class SSLPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Choose eager, sdpa or flash attention for all branches."""
         super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        self.share_attention_implementation()
+        self._share_attention_implementation()
 
     def _init_weights(self, module: nn.Module) -> None:
         initialize_module(module)
